@@ -254,7 +254,7 @@ def _private_modules() -> Iterator[str]:
     """
 
     def ours(name: str) -> bool:
-        return name.startswith(_PREFIX) or name == PACKAGED or name.startswith(f"{PACKAGED}.")
+        return name.startswith((_PREFIX, f"{PACKAGED}.")) or name == PACKAGED
 
     finder = _ConfigFinder()
     with _load_lock:
