@@ -1,0 +1,175 @@
+"""CLIP: two encoders, one embedding space on the sphere. MERU builds on it."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from meru_fast import ops
+from meru_fast.distributed import get_world_size, scale_gradient
+from meru_fast.tokenizer import PackedTokens
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class CLIP(nn.Module):
+    """The CLIP baseline of MERU (arXiv:2304.09172, section 4).
+
+    Learnable scalars are stored as logarithms with shape [1] (DeepSpeed cannot partition 0-dim parameters) and appear
+    0-dim in the state dict, as in published checkpoints.
+
+    Args:
+        visual: image encoder, [B, 3, H, W] to [B, visual.width].
+        textual: text encoder, ``PackedTokens`` to [B, textual.width].
+        embed_dim: size D of the joint embedding.
+        pixel_mean, pixel_std: normalisation of images in [0, 1].
+        precision: of the fused loss, ``"highest"``, ``"high"`` or ``"medium"`` (see ``meru_fast.ops``).
+    """
+
+    geometry = "cosine"
+
+    def __init__(
+        self,
+        visual: nn.Module,
+        textual: nn.Module,
+        embed_dim: int,
+        pixel_mean: Sequence[float] = IMAGENET_MEAN,
+        pixel_std: Sequence[float] = IMAGENET_STD,
+        precision: str = "high",
+    ):
+        super().__init__()
+        self.visual, self.textual = visual, textual
+        self.embed_dim, self.precision = embed_dim, precision
+        self.visual_proj = nn.Linear(visual.width, embed_dim, bias=False)
+        self.textual_proj = nn.Linear(textual.width, embed_dim, bias=False)
+        nn.init.normal_(self.visual_proj.weight, std=visual.width**-0.5)
+        nn.init.normal_(self.textual_proj.weight, std=textual.width**-0.5)
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean, dtype=torch.float32).view(-1, 1, 1))
+        self.register_buffer("pixel_std", torch.tensor(pixel_std, dtype=torch.float32).view(-1, 1, 1))
+        self.scalar_bounds: dict[str, tuple[float, float]] = {}
+        self._add_scalar("logit_scale", math.log(1 / 0.07), high=math.log(100))
+        self.register_state_dict_post_hook(_scalars_to_0dim)
+        self.register_load_state_dict_pre_hook(_scalars_to_1dim)
+
+    def _add_scalar(self, name: str, value: float, low: float = -math.inf, high: float = math.inf) -> None:
+        self.register_parameter(name, nn.Parameter(torch.tensor([value])))
+        self.scalar_bounds[name] = (low, high)
+
+    @property
+    def device(self) -> torch.device:
+        return self.logit_scale.device
+
+    @torch.no_grad()
+    def clamp_scalars(self) -> None:
+        """Bring the learnable scalars back within their bounds, in place. Called at the start of every forward pass.
+
+        An optimiser that keeps its own copy of the parameters (DeepSpeed) must have that copy clamped as well.
+        """
+        for name, (low, high) in self.scalar_bounds.items():
+            getattr(self, name).clamp_(low, high)
+
+    def scalar(self, name: str) -> Tensor:
+        """The linear value (the exponential, within its bounds) of a learnable scalar: fp32 or better, shape [1].
+
+        The gradient passes through the bound unchanged, as it does when the stored value itself was clamped.
+        """
+        stored = _full_precision(getattr(self, name))
+        low, high = self.scalar_bounds[name]
+        bound = stored.detach().clamp(low, high) - stored.detach()
+        return (stored + bound).exp()
+
+    def encode_image(self, images: Tensor, project: bool = True) -> Tensor:
+        """Image features [B, D].
+
+        Args:
+            images: [B, 3, H, W], float in [0, 1] or uint8.
+            project: end in the embedding space; otherwise right after the linear projection.
+        """
+        if images.ndim != 4 or images.shape[1] != len(self.pixel_mean):
+            raise ValueError(f"expected images [B, {len(self.pixel_mean)}, H, W], got {tuple(images.shape)}")
+        if not images.is_floating_point():
+            if images.dtype != torch.uint8:
+                raise TypeError(f"expected float images in [0, 1] or uint8, got {images.dtype}")
+            images = images.to(torch.float32) / 255
+        images = (images - self.pixel_mean) / self.pixel_std
+        features = self.visual_proj(self.visual(images.to(self.visual_proj.weight.dtype)))
+        return self.project_image(features) if project else features
+
+    def encode_text(self, tokens: PackedTokens | Sequence[Tensor] | Tensor, project: bool = True) -> Tensor:
+        """Text features [B, D].
+
+        Args:
+            tokens: captions: packed, or a list of int ids [n], or right-padded ids [B, n] (the slower reference). They
+                may lie on another device and are never changed.
+            project: end in the embedding space; otherwise right after the linear projection.
+        """
+        if not isinstance(tokens, (PackedTokens, Tensor)):
+            tokens = PackedTokens.from_list(tokens, self.textual.context_length)
+        features = self.textual_proj(self.textual(tokens.to(self.device, non_blocking=True)))
+        return self.project_text(features) if project else features
+
+    def project_image(self, features: Tensor) -> Tensor:
+        """Linear image features [..., D] into the embedding space."""
+        return F.normalize(_full_precision(features), dim=-1)
+
+    def project_text(self, features: Tensor) -> Tensor:
+        """Linear text features [..., D] into the embedding space."""
+        return F.normalize(_full_precision(features), dim=-1)
+
+    def similarity(self, image_feats: Tensor, text_feats: Tensor) -> Tensor:
+        """Scores [B1, B2] of projected features, higher is closer."""
+        return image_feats @ text_feats.T
+
+    def forward(self, images: Tensor, tokens: PackedTokens | Sequence[Tensor] | Tensor) -> dict:
+        """Training loss of a batch of pairs: ``{"loss": scalar, "logging": {name: detached scalar}}``.
+
+        With a process group the loss is that of the joint batch of all ranks, which must be equally large.
+        """
+        self.clamp_scalars()
+        return self.loss(self.encode_image(images, project=False), self.encode_text(tokens, project=False))
+
+    def loss(self, image_feats: Tensor, text_feats: Tensor) -> dict:
+        """``forward`` from the linear features [B, D] of ``encode_*(project=False)``."""
+        with _no_autocast(image_feats):
+            image, text = self._for_engine(image_feats), self._for_engine(text_feats)
+            logit_scale = self.scalar("logit_scale")
+            loss = ops.contrastive_loss(
+                image, text, 1.0, logit_scale, geometry=self.geometry, precision=self.precision, group=_group()
+            )
+        return {"loss": loss, "logging": {"contrastive_loss": loss.detach(), "logit_scale": logit_scale.detach()[0]}}
+
+    @staticmethod
+    def _for_engine(features: Tensor) -> Tensor:
+        """Features in fp32 or better, whose gradient outlives the averaging over ranks of DDP and DeepSpeed."""
+        return scale_gradient(_full_precision(features), get_world_size())
+
+
+def _group() -> torch.distributed.ProcessGroup | None:
+    return torch.distributed.group.WORLD if get_world_size() > 1 else None
+
+
+def _full_precision(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Geometry is computed in fp32 even where the encoders run under autocast."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _scalars_to_0dim(module: CLIP, state_dict: dict, prefix: str, local_metadata: dict) -> None:
+    for name in module.scalar_bounds:
+        value = state_dict.get(f"{prefix}{name}")
+        # Live parameters (keep_vars) stay what they are, and the empty stand-ins of ZeRO stage 3 have no value.
+        if value is not None and value.numel() == 1 and not isinstance(value, nn.Parameter):
+            state_dict[f"{prefix}{name}"] = value.reshape(())
+
+
+def _scalars_to_1dim(module: CLIP, state_dict: dict, prefix: str, *_unused) -> None:
+    for name in module.scalar_bounds:
+        value = state_dict.get(f"{prefix}{name}")
+        if value is not None and value.numel() == 1:
+            state_dict[f"{prefix}{name}"] = value.reshape(1)
