@@ -1,0 +1,7 @@
+"""MERU with ViT-B/16; all else as with ViT-L/16."""
+
+from .train_meru_vit_l import dataset, model, optim, train
+
+model.visual.arch = "vit_base_patch16_224"
+
+__all__ = ["dataset", "model", "optim", "train"]
