@@ -13,7 +13,7 @@ raw bf16), and pass tiles of whole rows, zero where masked.
 
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
+from triton.language.extra.cuda import libdevice
 
 INTERPRET: bool = triton.knobs.runtime.interpret  # fixed when the kernels are imported
 

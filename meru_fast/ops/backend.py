@@ -119,14 +119,10 @@ def _triton_fault(device_type: str) -> str | None:
         if not torch.cuda.is_available():
             return "no CUDA device"
         if torch.cuda.get_device_capability() < MIN_CAPABILITY:
-            return (
-                f"{torch.cuda.get_device_name()} is older than compute capability {'.'.join(map(str, MIN_CAPABILITY))}"
-            )
+            return f"{torch.cuda.get_device_name()} is older than compute capability {MIN_CAPABILITY}"
         return None
     if device_type != "cpu":
         return f"no kernels for {device_type} tensors"
     from meru_fast.kernels.geometry import INTERPRET
 
-    return (
-        None if INTERPRET else "on CPU tensors Triton runs only in its interpreter: set TRITON_INTERPRET=1 beforehand"
-    )
+    return None if INTERPRET else "on CPU tensors Triton runs only with TRITON_INTERPRET=1 set beforehand"
