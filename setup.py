@@ -41,7 +41,16 @@ EXTRAS = {
         "webdataset>=1.0,<2",
         "jinja2>=3.1,<4",
     ],
-    "bench": ["pytest>=8,<10", "pytest-benchmark>=5,<6", "matplotlib>=3.8,<4", "psutil>=5.9"],
+    "bench": [
+        "pytest>=8,<10",
+        "pytest-benchmark>=5,<6",
+        "pytest-timeout>=2.3,<3",
+        "matplotlib>=3.8,<4",
+        "psutil>=5.9",
+    ],
+    "peers": ["geoopt>=0.5,<0.6", "hypll>=0.1,<0.2", "inf-cl>=1.2,<2", "open_clip_torch>=3.3,<4"],
+    "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1,<2"],
+    "examples": ["accelerate>=1.9,<2", "open_clip_torch>=3.3,<4", "scikit-learn>=1.4,<2", "webdataset>=1.0,<2"],
     "test": [
         "pytest>=8,<10",
         "pytest-benchmark>=5,<6",
