@@ -1,0 +1,267 @@
+"""Batches by number: the map-style dataset that loader workers run.
+
+`dataset[step]` is this rank's part of global batch `step`, a pure function of (seed, step): the order, the crops, the
+caption prefixes and the replacements of bad samples are all computed from the numbers, never drawn from a state.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
+
+from meru_fast.data import captions, decode, keyed, order
+from meru_fast.data.errors import BadSampleError, DataError
+from meru_fast.data.order import EpochOrder
+from meru_fast.data.samples import Samples, SyntheticSamples
+from meru_fast.data.transforms import DRAWS, Window, crop_window
+from meru_fast.tokenizer import CONTEXT_LENGTH, PackedTokens, Tokenizer
+
+MAX_REPLACEMENTS = 1000
+
+
+class Origin(NamedTuple):
+    """Where a row of a batch comes from."""
+
+    set: int
+    epoch: int
+    sample: int
+
+
+class Defect(NamedTuple):
+    """A bad sample that was met and replaced."""
+
+    shard: str
+    key: str
+    reason: str
+
+
+@dataclass
+class Encoded:
+    """JPEGs of a batch that a DALI pipeline is to decode.
+
+    Attributes:
+        data: uint8 [total], the files end to end.
+        sizes: bytes of each file.
+        windows: the crop of each.
+        rows: the row of the batch that each belongs to.
+    """
+
+    data: Tensor
+    sizes: list[int]
+    windows: list[Window]
+    rows: list[int]
+
+    def files(self) -> list[Tensor]:
+        return list(self.data.split(self.sizes))
+
+
+@dataclass
+class LocalBatch:
+    """One rank's part of a global batch, as a worker hands it over.
+
+    Attributes:
+        images: uint8 [b, 3, size, size]; rows that are still encoded hold nothing yet.
+        tokens: the captions.
+        keys: names of the samples.
+        origins: where each row comes from.
+        encoded: JPEGs left to DALI, if it decodes.
+        defects: bad samples met on the way.
+    """
+
+    step: int
+    images: Tensor
+    tokens: PackedTokens
+    keys: list[str]
+    origins: list[Origin]
+    encoded: Encoded | None = None
+    defects: list[Defect] = field(default_factory=list)
+
+    def pin_memory(self) -> "LocalBatch":
+        return replace(self, images=self.images.pin_memory(), tokens=self.tokens.pin_memory())
+
+
+class _Row(NamedTuple):
+    """One good sample: pixels, or the JPEG and its window for DALI."""
+
+    pixels: Tensor | None
+    jpeg: bytes
+    window: Window | None
+    text: str
+    key: str
+
+
+@dataclass
+class Mixture:
+    """A source of samples and its part in every global batch.
+
+    Attributes:
+        samples: where they come from.
+        quota: samples of a global batch.
+        order: of its epochs; a last part of less than a quota is dropped, a different one each epoch.
+        seed: of this source.
+    """
+
+    samples: Samples
+    quota: int
+    order: EpochOrder
+    seed: int
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return len(self.samples) // self.quota
+
+
+class TrainingSet(Dataset):
+    """This rank's part of every global batch. See the module's text.
+
+    Args:
+        mixture: the sources, whose quotas sum to the global batch size.
+        for_dali: leave plain JPEGs encoded.
+    """
+
+    def __init__(
+        self,
+        mixture: Sequence[Mixture],
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        image_size: int = 224,
+        crop_scale: Sequence[float] = (0.5, 1.0),
+        prefix_probability: float = captions.PREFIX_PROBABILITY,
+        context_length: int = CONTEXT_LENGTH,
+        for_dali: bool = False,
+    ):
+        self.mixture = list(mixture)
+        self.rank = rank
+        self.world_size = world_size
+        self.image_size = image_size
+        self.crop_scale = tuple(crop_scale)
+        self.prefix_probability = prefix_probability
+        self.context_length = context_length
+        self.for_dali = for_dali
+        self.tokenizer = Tokenizer()
+        # What each worker is at: process id, step, set, sample. Shared memory, read when one dies or stalls.
+        self.heartbeat = torch.zeros(0, 4, dtype=torch.int64)
+
+    @property
+    def batch_size(self) -> int:
+        """Global batch size."""
+        return sum(part.quota for part in self.mixture)
+
+    def __getitem__(self, step: int) -> LocalBatch:
+        origins = self.origins(step)
+        images = torch.empty(len(origins), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        rows, defects = [], []
+        for position, origin in enumerate(origins):
+            row, met = self._good_row(step, origin)
+            if row.pixels is not None:
+                images[position] = row.pixels
+            rows.append(row._replace(pixels=None))
+            defects += met
+        tokens = self._tokenize([row.text for row in rows])
+        return LocalBatch(step, images, tokens, [row.key for row in rows], origins, _encoded(rows), defects)
+
+    def origins(self, step: int, prefetch: bool = True) -> list[Origin]:
+        """What this rank takes from global batch `step`, before any replacement."""
+        picks = []
+        for part in self.mixture:
+            epoch, batch = divmod(step, part.batches_per_epoch)
+            picks.append((epoch, part.order[epoch, batch * part.quota, (batch + 1) * part.quota]))
+        # Sources take turns through the batch, so that every rank and every micro-batch has its part of each.
+        turns = np.concatenate([np.arange(part.quota) / part.quota for part in self.mixture])
+        block_turns = np.concatenate([_ranks(picked.slots) / len(picked.slots) for _, picked in picks])
+        mine = order.rank_share(block_turns, self.rank, self.world_size)
+        mine = mine[np.argsort(turns[mine], kind="stable")]
+
+        sources = np.repeat(np.arange(len(picks)), [part.quota for part in self.mixture])[mine]
+        samples = np.concatenate([picked.samples for _, picked in picks])[mine]
+        if prefetch:
+            slots = np.concatenate([picked.slots for _, picked in picks])[mine]
+            for source, part in enumerate(self.mixture):
+                part.samples.prefetch(part.order, picks[source][0], slots[sources == source])
+        pairs = zip(sources.tolist(), samples.tolist(), strict=True)
+        return [Origin(source, picks[source][0], sample) for source, sample in pairs]
+
+    def replace_row(self, batch: LocalBatch, row: int, reason: str) -> None:
+        """Put the next good sample in place of one that turned out to be bad after all (DALI and Pillow refused it)."""
+        origin = batch.origins[row]
+        good, met = self._good_row(batch.step, origin, bad=reason, for_dali=False)
+        batch.images[row] = good.pixels
+        batch.keys[row] = good.key
+        batch.defects += met
+        tokens = batch.tokens.to_list()
+        tokens[row] = self._tokenize([good.text]).ids
+        batch.tokens = PackedTokens.from_list(tokens, self.context_length)
+
+    def _good_row(
+        self, step: int, origin: Origin, *, bad: str = "", for_dali: bool | None = None
+    ) -> tuple[_Row, list[Defect]]:
+        """This sample, or if it is bad the next good one of a fixed chain that starts at it.
+
+        The chain jumps through the whole set: a broken shard is replaced from all over, not by its one neighbour.
+        """
+        part = self.mixture[origin.set]
+        defects = []
+        for attempt in range(MAX_REPLACEMENTS):
+            sample = origin.sample
+            if attempt:
+                key = (part.seed, origin.epoch, origin.sample, keyed.REPLACEMENT, attempt)
+                sample = int(keyed.bits(*key) % np.uint64(len(part.samples)))
+            self._beat(step, origin.set, sample)
+            try:
+                if bad and not attempt:
+                    raise BadSampleError(bad)
+                return self._load(part, origin.epoch, sample, self.for_dali if for_dali is None else for_dali), defects
+            except BadSampleError as error:
+                defects.append(Defect(*part.samples.name(sample), str(error)))
+        shard, key, reason = defects[0]
+        raise DataError(f"{shard}: no good sample found in place of {key} ({reason}) after {MAX_REPLACEMENTS} attempts")
+
+    def _load(self, part: Mixture, epoch: int, sample: int, for_dali: bool) -> _Row:
+        key = part.samples.name(sample)[1]
+        if isinstance(part.samples, SyntheticSamples):
+            pixels = part.samples.image(sample, self.image_size)
+            return _Row(pixels, b"", None, part.samples.caption(sample).text, key)
+        raw = part.samples.read(sample)
+        prefix_draw = float(keyed.uniform(part.seed, epoch, sample, keyed.PREFIX))
+        text = captions.compose(raw.caption, prefix_draw, self.prefix_probability)
+        image = decode.open_image(raw.image)
+        draws = keyed.uniform(part.seed, epoch, sample, keyed.CROP, np.arange(DRAWS))
+        window = crop_window(*image.size, draws, self.crop_scale)
+        if for_dali and _is_plain_jpeg(image, raw.image):
+            return _Row(None, raw.image, window, text, key)
+        return _Row(decode.crop_and_resize(image, window, self.image_size), b"", None, text, key)
+
+    def _tokenize(self, texts: list[str]) -> PackedTokens:
+        return PackedTokens.from_list(self.tokenizer(texts), self.context_length)
+
+    def _beat(self, step: int, source: int, sample: int) -> None:
+        if worker := get_worker_info():
+            self.heartbeat[worker.id] = torch.tensor([os.getpid(), step, source, sample])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """The place that each value takes when they are sorted."""
+    places = np.empty(len(values), np.int64)
+    places[np.argsort(values, kind="stable")] = np.arange(len(values))
+    return places
+
+
+def _is_plain_jpeg(image: Image, data: bytes) -> bool:
+    """A complete JPEG in grey or RGB; DALI and Pillow agree on these. All others are decoded by Pillow at once."""
+    return image.format == "JPEG" and image.mode in ("RGB", "L") and data.endswith(b"\xff\xd9")
+
+
+def _encoded(rows: list[_Row]) -> Encoded | None:
+    left = [position for position, row in enumerate(rows) if row.jpeg]
+    if not left:
+        return None
+    files = [rows[position].jpeg for position in left]
+    data = torch.frombuffer(bytearray(b"".join(files)), dtype=torch.uint8)
+    return Encoded(data, [len(file) for file in files], [rows[position].window for position in left], left)

@@ -1,0 +1,407 @@
+"""From shards to batches on the device: worker processes, decoding, prefetching, bookkeeping."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from meru_fast.data import captions, keyed
+from meru_fast.data.dataset import LocalBatch, Mixture, TrainingSet
+from meru_fast.data.errors import DataError
+from meru_fast.data.index import open_shards
+from meru_fast.data.order import BLOCK_SAMPLES, WINDOW_SAMPLES, EpochOrder
+from meru_fast.data.samples import Samples, ShardSamples, SyntheticSamples
+from meru_fast.tokenizer import CONTEXT_LENGTH, PackedTokens
+
+log = logging.getLogger(__name__)
+
+DECODERS = ("auto", "pil", "dali")
+TIMEOUT = 55  # seconds without a batch before a worker counts as stalled
+JUDGE_AFTER = 1000  # samples that must have been seen before a share of bad ones means anything
+MAX_LOGGED = 1000
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of a global batch, on the device.
+
+    Attributes:
+        images: uint8 [b, 3, size, size], RGB.
+        tokens: the captions, packed.
+        keys: names of the samples in their shards.
+        epoch: passes over all samples completed before this batch.
+        step: number of the global batch, from 0 at the very start of the run.
+    """
+
+    images: Tensor
+    tokens: PackedTokens
+    keys: list[str]
+    epoch: int
+    step: int
+
+
+class Loader:
+    """Endless batches, resumable at any step. Made by `build_loader`.
+
+    Attributes:
+        batches_per_epoch: global batches in one pass over all samples.
+        num_samples: samples of all sources, bad ones included.
+    """
+
+    def __init__(
+        self,
+        dataset: TrainingSet,
+        *,
+        num_workers: int,
+        device: torch.device,
+        seed: int,
+        timeout: float,
+        max_bad_fraction: float,
+    ):
+        self.dataset = dataset
+        self.num_workers = num_workers
+        self.device = device
+        self.seed = seed
+        self.timeout = timeout
+        self.max_bad_fraction = max_bad_fraction
+        self.num_samples = sum(len(part.samples) for part in dataset.mixture)
+        self.batches_per_epoch = self.num_samples // dataset.batch_size
+        self._step = 0
+        self._seen = 0
+        self._reasons: Counter[str] = Counter()
+        self._logged: set[tuple[str, str]] = set()
+        self._running: Iterator[Batch] | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches from the current step on. One iterator at a time: a new one ends the one before."""
+        self.close()
+        self._running = self._batches()
+        return self._running
+
+    def state_dict(self) -> dict[str, int]:
+        """All there is to resume from: the next step, and what the order depends on."""
+        return {"step": self._step, **self._identity()}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue where another loader stood, whatever its number of ranks and workers.
+
+        Raises:
+            DataError: that loader had other data, another seed or another global batch size.
+        """
+        for name, ours in self._identity().items():
+            if name not in state:
+                raise DataError(f"the state of the data loader has no {name!r}: {dict(state)}")
+            if state[name] != ours:
+                raise DataError(
+                    f"cannot resume the data: {name} was {state[name]} when the state was saved and is {ours} now. "
+                    + _RESUME_HINTS[name]
+                )
+        self.close()
+        self._step = int(state["step"])
+
+    def report(self) -> dict[str, Any]:
+        """Samples seen and bad ones among them on this rank, since this loader was made, with the reasons' counts."""
+        return {"seen": self._seen, "bad": self._reasons.total(), "reasons": dict(self._reasons.most_common())}
+
+    def close(self) -> None:
+        """End the workers. The state stays; iterating again continues."""
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+
+    def _identity(self) -> dict[str, int]:
+        fingerprint = 0
+        for part in self.dataset.mixture:
+            fingerprint = int(keyed.bits(fingerprint, part.samples.fingerprint, part.quota)) >> 1
+        return {"seed": self.seed, "batch_size": self.dataset.batch_size, "fingerprint": fingerprint}
+
+    def _batches(self) -> Iterator[Batch]:
+        workers = _Workers(self.dataset, self._step, self.num_workers, self.timeout, pin=self.device.type == "cuda")
+        stage = self._stage()
+        try:
+            ahead = self._start(stage, workers)
+            while True:
+                current, ahead = ahead, self._start(stage, workers)
+                images = stage.finish(current)
+                self._account(current)
+                self._step = current.step + 1
+                epoch = current.step // self.batches_per_epoch
+                yield Batch(images, current.tokens, current.keys, epoch, current.step)
+        finally:
+            stage.close()
+            workers.close()
+
+    def _start(self, stage: "_Stage", workers: "_Workers") -> LocalBatch:
+        batch = next(workers)
+        stage.start(batch)
+        return batch
+
+    def _stage(self) -> "_Stage":
+        return _Stage(self.dataset, self.device)
+
+    def _account(self, batch: LocalBatch) -> None:
+        """Count and log the bad samples of a batch; end the run when there are too many."""
+        self._seen += len(batch.keys)
+        for defect in batch.defects:
+            self._reasons[defect.reason.split(":")[0]] += 1
+            place = (defect.shard, defect.key)
+            if place not in self._logged and len(self._logged) < MAX_LOGGED:
+                self._logged.add(place)
+                log.warning("bad sample replaced: %s in %s: %s", defect.key, defect.shard, defect.reason)
+                if len(self._logged) == MAX_LOGGED:
+                    log.warning("%d bad samples logged; further ones are only counted", MAX_LOGGED)
+        bad = self._reasons.total()
+        if self._seen >= min(JUDGE_AFTER, self.num_samples) and bad > self.max_bad_fraction * self._seen:
+            reasons = "\n".join(f"  {count:8,} {reason}" for reason, count in self._reasons.most_common())
+            raise DataError(
+                f"{bad:,} of {self._seen:,} samples were bad, more than max_bad_fraction={self.max_bad_fraction:g} "
+                f"allows. List them with `meru-fast verify`. Reasons:\n{reasons}"
+            )
+
+
+_RESUME_HINTS = {
+    "seed": "Give the seed of the first run.",
+    "batch_size": "Give the global batch size of the first run; ranks and workers may change.",
+    "fingerprint": "The shards (names, contents, weights) must be those of the first run.",
+}
+
+
+class _Stage:
+    """Moves batches to the device, one ahead of the consumer, on a stream of its own."""
+
+    def __init__(self, dataset: TrainingSet, device: torch.device):
+        self.dataset = dataset
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def start(self, batch: LocalBatch) -> None:
+        """Begin to bring the images and tokens of this batch to the device."""
+        with torch.cuda.stream(self.stream):
+            batch.images = batch.images.to(self.device, non_blocking=True)
+            batch.tokens = batch.tokens.to(self.device, non_blocking=True)
+
+    def finish(self, batch: LocalBatch) -> Tensor:
+        """The images, ready for the consumer's stream."""
+        if self.stream is not None:
+            consumer = torch.cuda.current_stream(self.device)
+            consumer.wait_stream(self.stream)
+            for tensor in (batch.images, batch.tokens.ids, batch.tokens.cu_seqlens):
+                tensor.record_stream(consumer)
+        return batch.images
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class _Steps(Sampler[int]):
+    """Step numbers without end."""
+
+    def __init__(self, start: int):
+        self.start = start
+
+    def __iter__(self) -> Iterator[int]:
+        step = self.start
+        while True:
+            yield step
+            step += 1
+
+
+class _Workers:
+    """Torch's worker processes, with names for those that die or stall."""
+
+    def __init__(self, dataset: TrainingSet, start: int, num_workers: int, timeout: float, pin: bool):
+        self.dataset = dataset
+        self.timeout = timeout
+        dataset.heartbeat = torch.zeros(num_workers, 4, dtype=torch.int64).share_memory_()
+        loader = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=_Steps(start),
+            num_workers=num_workers,
+            collate_fn=_unchanged,
+            timeout=timeout if num_workers else 0,
+            pin_memory=pin,
+            worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # else starting workers would advance the trainer's random state
+        )
+        # Torch would have SIGCHLD raise a nameless error wherever the trainer happens to be. Its own polling finds a
+        # dead worker when the next batch is due, which is where we can name it.
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        handler = signal.getsignal(signal.SIGCHLD)
+        self._batches = iter(loader)
+        if in_main_thread and handler is not None:
+            signal.signal(signal.SIGCHLD, handler)
+
+    def __next__(self) -> LocalBatch:
+        try:
+            return next(self._batches)
+        except RuntimeError as error:
+            if isinstance(error, DataError) or not len(self.dataset.heartbeat):
+                raise
+            report = self._diagnose(str(error))
+            self._kill()
+            raise report from error
+
+    def close(self) -> None:
+        del self._batches  # torch ends its workers with its iterator
+
+    def _diagnose(self, message: str) -> DataError:
+        """Say which worker is at fault, and what it was doing."""
+        alive = {child.pid for child in multiprocessing.active_children()}
+        beats = self.dataset.heartbeat.tolist()
+        dead = [index for index, (pid, *_) in enumerate(beats) if pid and pid not in alive]
+        if dead:
+            what = "; ".join(self._describe(index, "died (killed, or out of memory?)") for index in dead)
+        elif "timed out" in message:
+            slowest = min(range(len(beats)), key=lambda index: beats[index][1])
+            what = self._describe(slowest, f"has delivered nothing for {self.timeout:g} s (slow or hanging storage?)")
+        else:
+            what = "a loader worker failed"
+        return DataError(f"{what}. {message}")
+
+    def _describe(self, index: int, state: str) -> str:
+        pid, step, source, sample = self.dataset.heartbeat[index].tolist()
+        shard, key = self.dataset.mixture[source].samples.name(sample)
+        return f"loader worker {index} (pid {pid}) {state}; it was at step {step}, sample {key} of {shard}"
+
+    def _kill(self) -> None:
+        """A stopped worker ignores polite requests, and would keep the interpreter from ending."""
+        pids = set(self.dataset.heartbeat[:, 0].tolist())
+        for child in multiprocessing.active_children():
+            if child.pid in pids:
+                child.kill()
+
+
+def _unchanged(batch: LocalBatch) -> LocalBatch:
+    return batch
+
+
+def _start_worker(index: int) -> None:
+    dataset = torch.utils.data.get_worker_info().dataset
+    dataset.heartbeat[index, 0] = os.getpid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
+
+
+def build_loader(
+    shards: str | os.PathLike | Sequence,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 4,
+    image_size: int = 224,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    decoder: str = "auto",
+    crop_scale: Sequence[float] = (0.5, 1.0),
+    prefix_probability: float = captions.PREFIX_PROBABILITY,
+    context_length: int = CONTEXT_LENGTH,
+    block: int = BLOCK_SAMPLES,
+    window: int = WINDOW_SAMPLES,
+    max_bad_fraction: float = 0.05,
+    timeout: float = TIMEOUT,
+    num_samples: int = 1_000_000,
+) -> Loader:
+    """Training batches from shards of RedCaps or img2dataset layout.
+
+    Global batch n is the same set of samples, with the same pixels and captions, for any number of ranks and workers.
+
+    Args:
+        shards: folder, glob, brace range, `a::b`, or list of these, local or fsspec; or a list of mappings
+            `{"shards": ..., "weight": ...}` to mix sets by weight; or "synthetic" for noise that needs no files.
+        batch_size: global, over all ranks.
+        rank, world_size: which part of each global batch is this process's.
+        num_workers: processes that read, decode and tokenise; 0 works in this one.
+        image_size: side of the square output in pixels.
+        device: where batches arrive.
+        seed: of order, crops and caption prefixes.
+        decoder: "pil" (Pillow in the workers), "dali" (DALI in this process, on `device`), or "auto": DALI on a GPU
+            where it is installed, else Pillow.
+        crop_scale: range of the crop's share of the image's area.
+        prefix_probability: of putting the subreddit before a caption.
+        context_length: tokens that a caption is cut to.
+        block, window: samples read together and samples shuffled together (`meru_fast.data.order`).
+        max_bad_fraction: share of bad samples above which the run ends.
+        timeout: seconds without a batch before a worker counts as stalled.
+        num_samples: of a synthetic set.
+
+    Raises:
+        DataError: no such shards, or fewer samples than a batch.
+        ValueError: a batch size that the ranks cannot share equally, or an unknown decoder.
+    """
+    if decoder not in DECODERS:
+        raise ValueError(f"unknown decoder {decoder!r}; choose one of {', '.join(DECODERS)}")
+    if batch_size < 1 or batch_size % world_size:
+        raise ValueError(f"global batch size {batch_size} cannot be shared equally by {world_size} ranks")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} of {world_size}")
+    device = torch.device(device)
+    sources = _sources(shards, num_samples, show_progress=rank == 0)
+    mixture = []
+    for number, (samples, quota) in enumerate(zip(*_quotas(sources, batch_size), strict=True)):
+        if len(samples) < quota:
+            raise DataError(
+                f"{len(samples):,} samples cannot fill a batch of {quota:,}: add shards or lower batch_size"
+            )
+        own_seed = int(keyed.bits(seed, keyed.SET, number) >> 1)
+        order = EpochOrder(samples.starts, own_seed, block=block, window=window)
+        mixture.append(Mixture(samples, quota, order, own_seed))
+    dataset = TrainingSet(
+        mixture,
+        rank=rank,
+        world_size=world_size,
+        image_size=image_size,
+        crop_scale=crop_scale,
+        prefix_probability=prefix_probability,
+        context_length=context_length,
+    )
+    return Loader(
+        dataset,
+        num_workers=num_workers,
+        device=device,
+        seed=seed,
+        timeout=timeout,
+        max_bad_fraction=max_bad_fraction,
+    )
+
+
+def _sources(shards, num_samples: int, show_progress: bool) -> list[tuple[Samples, float | None]]:
+    """Sample sets with their weights; a set without one weighs what it holds."""
+    if isinstance(shards, str) and shards == "synthetic":
+        return [(SyntheticSamples(num_samples), None)]
+    parts = [shards] if isinstance(shards, (str, os.PathLike, Mapping)) else list(shards)
+    weighted = [part for part in parts if isinstance(part, Mapping)]
+    if not weighted:
+        return [(ShardSamples(open_shards(parts, progress=show_progress)), None)]
+    if len(weighted) < len(parts):
+        raise ValueError("shards: give all sets as {'shards': ..., 'weight': ...}, or none of them")
+    sources = []
+    for part in weighted:
+        if unknown := set(part) - {"shards", "weight"}:
+            raise ValueError(f"shards: unknown key {sorted(unknown)[0]!r} in {dict(part)}; known: shards, weight")
+        sources += [(s, part.get("weight")) for s, _ in _sources(part["shards"], num_samples, show_progress)]
+    return sources
+
+
+def _quotas(sources: Sequence[tuple[Samples, float | None]], batch_size: int) -> tuple[list[Samples], list[int]]:
+    """Samples of each set in every global batch: the weights' shares, by largest remainder."""
+    weights = [len(samples) if weight is None else float(weight) for samples, weight in sources]
+    if min(weights) < 0 or not sum(weights):
+        raise ValueError(f"weights of shard sets must be positive, got {weights}")
+    shares = [batch_size * weight / sum(weights) for weight in weights]
+    quotas = [int(share) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda i: quotas[i] - shares[i])
+    for i in by_remainder[: batch_size - sum(quotas)]:
+        quotas[i] += 1
+    if 0 in quotas:
+        raise ValueError(f"shard set {quotas.index(0)} gets no sample in a batch of {batch_size}: weights {weights}")
+    return [samples for samples, _ in sources], quotas
