@@ -66,7 +66,7 @@ class LocalBatch:
     """One rank's part of a global batch, as a worker hands it over.
 
     Attributes:
-        images: uint8 [b, 3, size, size]; rows that are still encoded hold nothing yet.
+        images: uint8 [decoded, 3, size, size], the rows that are not in `encoded`.
         tokens: the captions.
         keys: names of the samples.
         origins: where each row comes from.
@@ -156,14 +156,13 @@ class TrainingSet(Dataset):
 
     def __getitem__(self, step: int) -> LocalBatch:
         origins = self.origins(step)
-        images = torch.empty(len(origins), 3, self.image_size, self.image_size, dtype=torch.uint8)
         rows, defects = [], []
-        for position, origin in enumerate(origins):
+        for origin in origins:
             row, met = self._good_row(step, origin)
-            if row.pixels is not None:
-                images[position] = row.pixels
-            rows.append(row._replace(pixels=None))
+            rows.append(row)
             defects += met
+        pixels = [row.pixels for row in rows if row.pixels is not None]
+        images = torch.stack(pixels) if pixels else torch.empty(0, 3, self.image_size, self.image_size).byte()
         tokens = self._tokenize([row.text for row in rows])
         return LocalBatch(step, images, tokens, [row.key for row in rows], origins, _encoded(rows), defects)
 
@@ -188,16 +187,19 @@ class TrainingSet(Dataset):
         pairs = zip(sources.tolist(), samples.tolist(), strict=True)
         return [Origin(source, picks[source][0], sample) for source, sample in pairs]
 
-    def replace_row(self, batch: LocalBatch, row: int, reason: str) -> None:
-        """Put the next good sample in place of one that turned out to be bad after all (DALI and Pillow refused it)."""
+    def replacement(self, batch: LocalBatch, row: int, reason: str) -> Tensor:
+        """Pixels of the next good sample, for a row that proved bad only after its batch was made.
+
+        The batch gets its key and its caption.
+        """
         origin = batch.origins[row]
         good, met = self._good_row(batch.step, origin, bad=reason, for_dali=False)
-        batch.images[row] = good.pixels
         batch.keys[row] = good.key
         batch.defects += met
-        tokens = batch.tokens.to_list()
+        tokens = batch.tokens.to("cpu").to_list()
         tokens[row] = self._tokenize([good.text]).ids
         batch.tokens = PackedTokens.from_list(tokens, self.context_length)
+        return good.pixels
 
     def _good_row(
         self, step: int, origin: Origin, *, bad: str = "", for_dali: bool | None = None

@@ -1,5 +1,6 @@
 """From shards to batches on the device: worker processes, decoding, prefetching, bookkeeping."""
 
+import importlib.util
 import logging
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ from meru_fast.data.errors import DataError
 from meru_fast.data.index import open_shards
 from meru_fast.data.order import BLOCK_SAMPLES, WINDOW_SAMPLES, EpochOrder
 from meru_fast.data.samples import Samples, ShardSamples, SyntheticSamples
+from meru_fast.data.stage import DeviceStage
 from meru_fast.tokenizer import CONTEXT_LENGTH, PackedTokens
 
 log = logging.getLogger(__name__)
@@ -80,6 +82,7 @@ class Loader:
         self._reasons: Counter[str] = Counter()
         self._logged: set[tuple[str, str]] = set()
         self._running: Iterator[Batch] | None = None
+        self._stage: DeviceStage | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the current step on. One iterator at a time: a new one ends the one before."""
@@ -110,7 +113,9 @@ class Loader:
 
     def report(self) -> dict[str, Any]:
         """Samples seen and bad ones among them on this rank, since this loader was made, with the reasons' counts."""
-        return {"seen": self._seen, "bad": self._reasons.total(), "reasons": dict(self._reasons.most_common())}
+        return {"seen": self._seen, "bad": self._reasons.total(), "reasons": dict(self._reasons.most_common())} | (
+            self._stage.report() if self._stage else {}
+        )
 
     def close(self) -> None:
         """End the workers. The state stays; iterating again continues."""
@@ -125,28 +130,32 @@ class Loader:
         return {"seed": self.seed, "batch_size": self.dataset.batch_size, "fingerprint": fingerprint}
 
     def _batches(self) -> Iterator[Batch]:
+        # Workers first: they fork, and DALI starts threads.
         workers = _Workers(self.dataset, self._step, self.num_workers, self.timeout, pin=self.device.type == "cuda")
-        stage = self._stage()
+        self._stage = self._new_stage()
         try:
-            ahead = self._start(stage, workers)
+            ahead = self._start(workers)
             while True:
-                current, ahead = ahead, self._start(stage, workers)
-                images = stage.finish(current)
-                self._account(current)
-                self._step = current.step + 1
-                epoch = current.step // self.batches_per_epoch
-                yield Batch(images, current.tokens, current.keys, epoch, current.step)
+                batch = ahead
+                images = self._stage.finish(batch)
+                self._account(batch)
+                ahead = self._start(workers)
+                self._step = batch.step + 1
+                yield Batch(images, batch.tokens, batch.keys, batch.step // self.batches_per_epoch, batch.step)
         finally:
-            stage.close()
             workers.close()
 
-    def _start(self, stage: "_Stage", workers: "_Workers") -> LocalBatch:
+    def _start(self, workers: "_Workers") -> LocalBatch:
         batch = next(workers)
-        stage.start(batch)
+        self._stage.start(batch)
         return batch
 
-    def _stage(self) -> "_Stage":
-        return _Stage(self.dataset, self.device)
+    def _new_stage(self) -> DeviceStage:
+        if not self.dataset.for_dali:
+            return DeviceStage(self.device)
+        from meru_fast.data.dali import DaliStage
+
+        return DaliStage(self.dataset, self.device, max(2, self.num_workers))
 
     def _account(self, batch: LocalBatch) -> None:
         """Count and log the bad samples of a batch; end the run when there are too many."""
@@ -173,33 +182,6 @@ _RESUME_HINTS = {
     "batch_size": "Give the global batch size of the first run; ranks and workers may change.",
     "fingerprint": "The shards (names, contents, weights) must be those of the first run.",
 }
-
-
-class _Stage:
-    """Moves batches to the device, one ahead of the consumer, on a stream of its own."""
-
-    def __init__(self, dataset: TrainingSet, device: torch.device):
-        self.dataset = dataset
-        self.device = device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def start(self, batch: LocalBatch) -> None:
-        """Begin to bring the images and tokens of this batch to the device."""
-        with torch.cuda.stream(self.stream):
-            batch.images = batch.images.to(self.device, non_blocking=True)
-            batch.tokens = batch.tokens.to(self.device, non_blocking=True)
-
-    def finish(self, batch: LocalBatch) -> Tensor:
-        """The images, ready for the consumer's stream."""
-        if self.stream is not None:
-            consumer = torch.cuda.current_stream(self.device)
-            consumer.wait_stream(self.stream)
-            for tensor in (batch.images, batch.tokens.ids, batch.tokens.cu_seqlens):
-                tensor.record_stream(consumer)
-        return batch.images
-
-    def close(self) -> None:
-        """Nothing is held."""
 
 
 class _Steps(Sampler[int]):
@@ -363,6 +345,7 @@ def build_loader(
         crop_scale=crop_scale,
         prefix_probability=prefix_probability,
         context_length=context_length,
+        for_dali=_uses_dali(decoder, device),
     )
     return Loader(
         dataset,
@@ -372,6 +355,18 @@ def build_loader(
         timeout=timeout,
         max_bad_fraction=max_bad_fraction,
     )
+
+
+def _uses_dali(decoder: str, device: torch.device) -> bool:
+    """Whether DALI decodes.
+
+    Raises:
+        DataError: it was asked for and is not installed.
+    """
+    installed = importlib.util.find_spec("nvidia.dali") is not None if importlib.util.find_spec("nvidia") else False
+    if decoder == "dali" and not installed:
+        raise DataError("decoder='dali' needs NVIDIA DALI: pip install 'meru_fast[dali]', or use decoder='pil'")
+    return decoder == "dali" or (decoder == "auto" and installed and device.type == "cuda")
 
 
 def _sources(shards, num_samples: int, show_progress: bool) -> list[tuple[Samples, float | None]]:

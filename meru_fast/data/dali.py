@@ -1,0 +1,143 @@
+"""The DALI decoder: JPEGs decoded, cropped and resized by one graph, on the CPU or on the GPU.
+
+DALI gets bytes that our index found and windows that we drew, so nothing of order, randomness or resuming depends on
+it. The workers hand it only complete JPEGs in grey or RGB (`dataset._is_plain_jpeg`). Should one still fail, DALI loses
+the whole batch; that batch is then decoded by Pillow, which only the broken sample itself can fail.
+"""
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from nvidia.dali import Pipeline, fn, types
+from nvidia.dali.plugin.pytorch import feed_ndarray
+from torch import Tensor
+
+from meru_fast.data import decode
+from meru_fast.data.dataset import Encoded, LocalBatch, TrainingSet
+from meru_fast.data.errors import BadSampleError
+from meru_fast.data.stage import DeviceStage
+from meru_fast.data.transforms import Window
+
+log = logging.getLogger(__name__)
+
+
+class DaliDecoder:
+    """Decode JPEGs, cut a window out of each and resize it, on a device.
+
+    The whole image is decoded before it is cut: the JPEG engine of data-centre GPUs knows no windows.
+
+    Args:
+        batch_size: the most images at a time.
+        image_size: side of the square output.
+        device: "cuda" decodes with nvJPEG and its hardware engine, "cpu" with libjpeg-turbo.
+        threads: CPU threads.
+    """
+
+    def __init__(self, batch_size: int, image_size: int, device: torch.device, threads: int):
+        self.image_size = image_size
+        self.device = device
+        on_gpu = device.type == "cuda"
+        self._options = {
+            "batch_size": batch_size,
+            "num_threads": threads,
+            "device_id": (device.index or torch.cuda.current_device()) if on_gpu else None,
+            "prefetch_queue_depth": 1,
+        }
+        self._decoder_device = "mixed" if on_gpu else "cpu"
+        self._build()
+
+    def start(self, files: Sequence[Tensor], windows: Sequence[Window]) -> None:
+        """Begin to decode uint8 files [n] in the background."""
+        corners = np.array([(w.top, w.left) for w in windows], np.int32)
+        shapes = np.array([(w.height, w.width) for w in windows], np.int32)
+        self._pipeline.feed_input("files", [file.numpy() for file in files])
+        self._pipeline.feed_input("corners", list(corners))
+        self._pipeline.feed_input("shapes", list(shapes))
+        self._pipeline.schedule_run()
+
+    def finish(self) -> Tensor:
+        """The images of the last start, uint8 [n, 3, size, size] on the device.
+
+        Raises:
+            BadSampleError: at least one file cannot be decoded. The decoder itself can be used again.
+        """
+        try:
+            (decoded,) = self._pipeline.outputs()
+        except RuntimeError as error:
+            self._build()  # DALI declares a pipeline that failed invalid
+            raise BadSampleError(f"DALI: {_cause(error)}") from error
+        pixels = torch.empty((len(decoded), 3, self.image_size, self.image_size), dtype=torch.uint8, device=self.device)
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        feed_ndarray(decoded.as_tensor(), pixels, cuda_stream=stream)
+        return pixels
+
+    def _build(self) -> None:
+        self._pipeline = Pipeline(**self._options)
+        with self._pipeline:
+            files = fn.external_source(name="files", dtype=types.UINT8, ndim=1)
+            corners = fn.external_source(name="corners", dtype=types.INT32, ndim=1)
+            shapes = fn.external_source(name="shapes", dtype=types.INT32, ndim=1)
+            images = fn.decoders.image(
+                files, device=self._decoder_device, output_type=types.RGB, adjust_orientation=False
+            )
+            images = fn.slice(images, corners, shapes, axes=(0, 1), normalized_anchor=False, normalized_shape=False)
+            images = fn.resize(
+                images, size=(self.image_size, self.image_size), interp_type=types.INTERP_CUBIC, antialias=True
+            )
+            self._pipeline.set_outputs(fn.transpose(images, perm=(2, 0, 1)))
+        self._pipeline.build()
+
+
+def _cause(error: RuntimeError) -> str:
+    """The telling line of DALI's long report."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if "nvImageCodec" in line or "ailed" in line), lines[0] if lines else "?")
+
+
+class DaliStage(DeviceStage):
+    """Decodes what the workers left encoded, while the consumer is busy."""
+
+    def __init__(self, dataset: TrainingSet, device: torch.device, threads: int):
+        super().__init__(device)
+        self.dataset = dataset
+        local_batch = dataset.batch_size // dataset.world_size
+        self.decoder = DaliDecoder(local_batch, dataset.image_size, device, threads)
+        self.fallbacks = 0
+
+    def start(self, batch: LocalBatch) -> None:
+        super().start(batch)
+        if batch.encoded:
+            self.decoder.start(batch.encoded.files(), batch.encoded.windows)
+
+    def finish(self, batch: LocalBatch) -> Tensor:
+        by_pillow = super().finish(batch)
+        if not batch.encoded:
+            return by_pillow
+        try:
+            decoded = self.decoder.finish()
+        except BadSampleError as error:
+            self.fallbacks += 1
+            log.warning("step %d: decoding this batch on the CPU, for one of its images failed (%s)", batch.step, error)
+            decoded = self._with_pillow(batch, batch.encoded)
+        if len(decoded) == len(batch.keys):
+            return decoded
+        images = torch.empty((len(batch.keys), *decoded.shape[1:]), dtype=torch.uint8, device=self.device)
+        images[batch.encoded.rows] = decoded
+        images[sorted(set(range(len(batch.keys))) - set(batch.encoded.rows))] = by_pillow
+        return images
+
+    def report(self) -> dict[str, int]:
+        return {"dali_fallbacks": self.fallbacks}
+
+    def _with_pillow(self, batch: LocalBatch, encoded: Encoded) -> Tensor:
+        pixels = []
+        for row, file, window in zip(encoded.rows, encoded.files(), encoded.windows, strict=True):
+            try:
+                image = decode.open_image(file.numpy().tobytes())
+                pixels.append(decode.crop_and_resize(image, window, self.dataset.image_size))
+            except BadSampleError as error:
+                pixels.append(self.dataset.replacement(batch, row, str(error)))
+        batch.tokens = batch.tokens.to(self.device)
+        return torch.stack(pixels).to(self.device)
