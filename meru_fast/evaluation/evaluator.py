@@ -1,0 +1,70 @@
+"""What the evaluators share: the list of datasets, and one call for all of them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from meru_fast.evaluation import catalog
+from meru_fast.evaluation.features import Loading
+from meru_fast.evaluation.sources import CaptionedImages, LabelledImages
+from meru_fast.evaluation.transforms import EvalTransform
+
+
+class Evaluator:
+    """Base of the evaluators.
+
+    Args:
+        datasets: catalog names, or mappings that describe own data (``meru_fast.evaluation.catalog.open_own``).
+        data_dir: where the catalog's datasets lie, each in a folder of its name.
+        image_size: side of the square that the encoder takes, in pixels.
+        resize: "crop" (shorter side, then centre) or "squeeze" (both sides; changes the aspect ratio).
+        batch_size: images encoded at once.
+        num_workers: decoding threads; None means one for each core, 16 at most.
+    """
+
+    task: str
+
+    def __init__(
+        self,
+        datasets: Sequence[str | Mapping[str, Any]],
+        data_dir: str = "datasets/eval",
+        image_size: int = 224,
+        resize: str = "crop",
+        batch_size: int = 128,
+        num_workers: int | None = None,
+    ):
+        self.entries = {catalog.name_of(entry): entry for entry in datasets}
+        self.data_dir = Path(data_dir).expanduser()
+        self.transform = EvalTransform(image_size, resize)
+        self.loading = Loading(batch_size, num_workers)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the datasets, in the order in which they are evaluated."""
+        return list(self.entries)
+
+    @property
+    def settings(self) -> str:
+        """What decides the numbers besides weights and data, in one line."""
+        return repr(self.transform)
+
+    def provenance(self, name: str) -> str:
+        """Whether the split of a dataset is the published one."""
+        entry = self.entries[name]
+        return catalog.status_of(name, self.data_dir).provenance if isinstance(entry, str) else "own data"
+
+    def open(self, name: str, part: str) -> LabelledImages | CaptionedImages:
+        """The "train", "val" or "test" part of a dataset. Raises DatasetError."""
+        return catalog.open_dataset(self.entries[name], self.data_dir, part)
+
+    def evaluate(self, model: nn.Module, name: str) -> dict[str, float]:
+        """Scores of one dataset, fractions in [0, 1]. Raises DatasetError if it is missing or damaged."""
+        raise NotImplementedError
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """Scores of all datasets, ``{"<dataset>/<metric>": fraction}``. Raises DatasetError for a missing dataset."""
+        return {
+            f"{name}/{metric}": value for name in self.names for metric, value in self.evaluate(model, name).items()
+        }

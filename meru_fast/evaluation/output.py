@@ -1,0 +1,104 @@
+"""Results for people (a table) and for machines (JSON in the schema of CLIP_benchmark, CSV)."""
+
+import csv
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+COLUMNS = ("dataset", "model", "pretrained", "task", "language")
+SHORT = {
+    "mean_per_class_recall": "macro",
+    "image_retrieval_recall": "text->image R",
+    "text_retrieval_recall": "image->text R",
+}
+
+
+@dataclass
+class Result:
+    """Scores of one checkpoint on one dataset; the first six fields are those of CLIP_benchmark's result files.
+
+    Attributes:
+        model: architecture.
+        pretrained: checkpoint.
+        metrics: fractions in [0, 1].
+        provenance: whether the split is the published one.
+        checkpoint_hash: ``fingerprint`` of the weights.
+        settings: what else decides the numbers (resize, image size, ...), as one line.
+    """
+
+    dataset: str
+    model: str
+    pretrained: str
+    task: str
+    metrics: dict[str, float]
+    language: str = "en"
+    provenance: str = ""
+    checkpoint_hash: str = ""
+    settings: str = ""
+
+
+def result_path(folder: Path, pretrained: str, dataset: str, task: str) -> Path:
+    """Where the result of a checkpoint on a dataset belongs."""
+    return folder / slug(pretrained) / f"{slug(dataset)}_{task}.json"
+
+
+def slug(text: str) -> str:
+    """`text` as a file name."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", text).strip("_") or "_"
+
+
+def write_json(result: Result, path: Path) -> None:
+    """Write one result; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def read_json(path: Path) -> Result | None:
+    """The result in `path`; None if there is none, or none that can be read."""
+    try:
+        return Result(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def write_csv(results: Sequence[Result], path: Path) -> None:
+    """One row a result, as ``clip_benchmark build`` makes it: the columns, and one column for each metric."""
+    metrics = list(dict.fromkeys(metric for result in results for metric in result.metrics))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*COLUMNS, *metrics, "provenance", "checkpoint_hash", "settings"])
+        writer.writeheader()
+        for result in results:
+            writer.writerow({key: value for key, value in asdict(result).items() if key != "metrics"} | result.metrics)
+
+
+def print_table(results: Iterable[Result], console: Console) -> None:
+    """One table a task: a row for each checkpoint and dataset, scores in percent."""
+    results = list(results)
+    for task in dict.fromkeys(result.task for result in results):
+        of_task = [result for result in results if result.task == task]
+        metrics = list(dict.fromkeys(metric for result in of_task for metric in result.metrics))
+        table = Table(title=f"{task} (%)")
+        for column in ("checkpoint", "dataset"):
+            table.add_column(column)
+        for metric in metrics:
+            table.add_column(_short(metric), justify="right")
+        table.add_column("split")
+        for result in of_task:
+            scores = [f"{100 * result.metrics[metric]:.1f}" if metric in result.metrics else "-" for metric in metrics]
+            table.add_row(result.pretrained, result.dataset, *scores, result.provenance.partition(",")[0])
+        console.print(table)
+
+
+def _short(metric: str) -> str:
+    for name, short in SHORT.items():
+        metric = metric.replace(name, short)
+    return metric

@@ -1,0 +1,166 @@
+"""Command line of the evaluation: checkpoints times datasets, resumable, on one or several processes."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch import nn
+
+from meru_fast import checkpoint, config
+from meru_fast.distributed import broadcast_object, is_main_process
+from meru_fast.evaluation import output
+from meru_fast.evaluation.evaluator import Evaluator
+from meru_fast.evaluation.features import fingerprint
+from meru_fast.evaluation.output import Result
+from meru_fast.evaluation.protocol import DatasetError
+
+DESCRIPTION = """
+Evaluate checkpoints: zero-shot classification, retrieval or linear probes, as the config says.
+
+A checkpoint is a run folder, a DeepSpeed checkpoint folder, an exported file or folder, or a published .pth.
+Datasets that are missing are named, with how to get them, and the others go on (`meru-fast datasets` lists them all).
+"""
+
+EXAMPLES = """
+examples:
+  # all 20 classification sets (those that are there)
+  python scripts/evaluate.py --config configs/eval_zero_shot_classification.py \\
+      --checkpoint-path meru_vit_s.pth --train-config configs/train_meru_vit_s.py
+  # two models side by side; continue where a former call stopped
+  python scripts/evaluate.py --config configs/eval_zero_shot_retrieval.py --skip-existing \\
+      --checkpoint-path runs/meru --checkpoint-path runs/clip
+  # your own images, one folder for each class
+  python scripts/evaluate.py --config configs/eval_zero_shot_classification.py --checkpoint-path runs/meru \\
+      'evaluator.datasets=[{name: pets, kind: folder, root: my/photos, prompts: ["a photo of a {}."]}]'
+  # four GPUs share the images, with the identical result
+  torchrun --nproc-per-node 4 scripts/evaluate.py --config ... --checkpoint-path ...
+"""
+
+
+class Loaded(NamedTuple):
+    """A checkpoint as a model; `title` says which architecture and `note` where that came from."""
+
+    model: nn.Module
+    title: str
+    note: str
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and evaluate. Exits with 1 if no dataset could be evaluated."""
+    args = parse(argv)
+    console = Console(quiet=not is_main_rank())
+    device = start(args.device)
+    try:
+        results = run(args, device, console)
+    except (config.ConfigError, checkpoint.CheckpointError, DatasetError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if not results:
+        sys.exit("error: nothing was evaluated")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--config", required=True, help="a config file with an `evaluator`: configs/eval_*.py"
+    )
+    add("--checkpoint-path", required=True, action="append", help="what to load; give it several times for several")
+    add(
+        "--train-config",
+        action="append",
+        help="the config the checkpoint was trained with: once for all checkpoints or once for each. Default: the "
+        "config.yaml of its run folder, or else a guess from the shapes of the weights",
+    )
+    add("--output-dir", type=Path, default=Path("output/evaluation"), help="results as JSON and CSV (%(default)s)")
+    add("--skip-existing", action="store_true", help="keep results of the same weights and settings in --output-dir")
+    add("--device", default=None, help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    add("overrides", nargs="*", metavar="key=value", help="changes to the config, such as evaluator.batch_size=256")
+    args = parser.parse_intermixed_args(argv)
+    configs = args.train_config or [None]
+    if len(configs) not in (1, len(args.checkpoint_path)):
+        parser.error(
+            f"{len(configs)} --train-config for {len(args.checkpoint_path)} --checkpoint-path: give one or as many"
+        )
+    args.train_config = configs * len(args.checkpoint_path) if len(configs) == 1 else configs
+    return args
+
+
+def is_main_rank() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def start(device: str | None) -> torch.device:
+    """The device of this process; joins the process group if a launcher (torchrun) started several processes."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = torch.device(device or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    return chosen
+
+
+def run(args: argparse.Namespace, device: torch.device, console: Console) -> list[Result]:
+    """Evaluate all checkpoints; prints and writes what it finds, and returns it."""
+    evaluator: Evaluator = config.instantiate(config.load(args.config, args.overrides).evaluator)
+    results = []
+    for path, train_config in zip(args.checkpoint_path, args.train_config, strict=True):
+        loaded = load_model(path, train_config, device)
+        console.print(f"[bold]{path}[/bold]: {loaded.title}{loaded.note}", highlight=False)
+        results += evaluate_checkpoint(evaluator, loaded, path, args, console)
+    if results and is_main_process():
+        output.print_table(results, console)
+        output.write_csv(results, args.output_dir / f"{evaluator.task}.csv")
+        console.print(f"JSON and CSV are in {args.output_dir}", highlight=False)
+    return results
+
+
+def evaluate_checkpoint(
+    evaluator: Evaluator, loaded: Loaded, pretrained: str, args: argparse.Namespace, console: Console
+) -> list[Result]:
+    """One checkpoint on all datasets; a dataset that cannot be read is reported and passed over."""
+    weights = fingerprint(loaded.model)
+    results = []
+    for name in evaluator.names:
+        path = output.result_path(args.output_dir, pretrained, name, evaluator.task)
+        former = broadcast_object(output.read_json(path) if args.skip_existing else None)
+        if former and (former.checkpoint_hash, former.settings) == (weights, evaluator.settings):
+            console.print(f"  {name}: kept from {path}", highlight=False)
+            results.append(former)
+            continue
+        began = time.perf_counter()
+        try:
+            metrics = evaluator.evaluate(loaded.model, name)
+        except DatasetError as error:
+            console.print(f"  [yellow]{name}: not evaluated.[/yellow] {error}", highlight=False, markup=True)
+            continue
+        result = Result(
+            dataset=name,
+            model=loaded.title,
+            pretrained=pretrained,
+            task=evaluator.task,
+            metrics=metrics,
+            provenance=evaluator.provenance(name),
+            checkpoint_hash=weights,
+            settings=evaluator.settings,
+        )
+        if is_main_process():
+            output.write_json(result, path)
+        console.print(f"  {name}: {time.perf_counter() - began:.1f} s", highlight=False)
+        results.append(result)
+    return results

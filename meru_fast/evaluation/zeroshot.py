@@ -1,0 +1,39 @@
+"""Zero-shot classification: the class whose prompts lie nearest to the image (MERU, arXiv 2304.09172, section 4.1)."""
+
+import torch
+from torch import Tensor, nn
+
+from meru_fast.evaluation.evaluator import Evaluator
+from meru_fast.evaluation.features import image_features, text_features
+from meru_fast.evaluation.protocol import DatasetError
+from meru_fast.evaluation.ranking import accuracies, nearest
+from meru_fast.evaluation.sources import LabelledImages
+
+
+@torch.inference_mode()
+def class_embeddings(model: nn.Module, class_names: list[str], prompts: list[str], title: str = "prompts") -> Tensor:
+    """One embedding for each class, from all prompts of all classes encoded in one sweep; [C, D].
+
+    Prompts are averaged where averaging makes sense: in the tangent space at the root for hyperbolic models, which is
+    lifted afterwards, and on the sphere for CLIP, which is normalised again.
+    """
+    texts = [prompt.format(name) for name in class_names for prompt in prompts]
+    features = text_features(model, texts, title, project=False).unflatten(0, (len(class_names), len(prompts)))
+    if model.geometry == "cosine":
+        features = model.project_text(features)
+    return model.project_text(features.mean(dim=1))
+
+
+class ZeroShotClassification(Evaluator):
+    """Top-1, top-5 and macro accuracy without training; arguments as ``Evaluator``."""
+
+    task = "zeroshot_classification"
+
+    def evaluate(self, model: nn.Module, name: str) -> dict[str, float]:
+        dataset = self.open(name, "test")
+        if not isinstance(dataset, LabelledImages):
+            raise DatasetError(f"{name}: has captions and no labels, use the retrieval config")
+        classes = class_embeddings(model, list(dataset.class_names), list(dataset.prompts), f"{name}: prompts")
+        images, labels = image_features(model, dataset.samples, self.transform, self.loading, name)
+        ranked = nearest(model, images, classes, min(5, len(classes)))
+        return accuracies(ranked, labels, len(classes))
