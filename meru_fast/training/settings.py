@@ -87,7 +87,9 @@ class TrainSettings:
         for key in node:
             if key not in names:
                 close = difflib.get_close_matches(str(key), names, n=1)
-                raise ConfigError(f"unknown config key train.{key}" + (f"; did you mean train.{close[0]}?" if close else ""))
+                raise ConfigError(
+                    f"unknown config key train.{key}" + (f"; did you mean train.{close[0]}?" if close else "")
+                )
         return cls(**node)
 
 

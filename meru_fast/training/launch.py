@@ -1,0 +1,228 @@
+"""The command line of the trainer, and the start of its processes."""
+
+import argparse
+import base64
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+DESCRIPTION = """\
+Train MERU or CLIP. One command, any number of processes:
+
+  python scripts/train.py --config train_meru_vit_l --output-dir runs/l                 one process (a GPU if there is one)
+  python scripts/train.py --config train_meru_vit_l --output-dir runs/l --num-gpus 8    eight, on one machine
+  deepspeed --hostfile hosts scripts/train.py --config ... --deepspeed_config ds.json   DeepSpeed's own launcher
+  torchrun --nproc_per_node 8 scripts/train.py --config ...    or    srun python scripts/train.py --config ...
+
+Without a GPU, --num-gpus N starts N CPU processes. Everything in the config can be changed by key=value:
+
+  ... dataset.shards='data/*.tar' train.total_batch_size=1024 train.accumulation_steps=4 model.visual.arch=vit_base_patch16_224
+
+The same command with --resume auto goes on after any crash. SIGTERM saves and stops, SIGUSR1 saves and goes on.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE", help="a .py or .yaml config, or the name of a packaged one")
+    add("--output-dir", default="./output", metavar="DIR", help="run folder: config, logs, metrics, checkpoints")
+    add(
+        "--resume",
+        nargs="?",
+        const="latest",
+        metavar="auto|PATH",
+        help="go on from the newest good checkpoint of the run folder (error if none), from PATH, or with 'auto' from "
+        "the newest if there is one and else from the start",
+    )
+    add("--dry-run", action="store_true", help="print config, parameter counts, memory per ZeRO stage; build no engine")
+    add(
+        "--deepspeed_config", metavar="JSON", help="DeepSpeed config, passed through whole; 'auto' values are filled in"
+    )
+    add("--deepspeed", action="store_true", help="accepted for habit: the engine always is DeepSpeed")
+    add("--num-gpus", type=int, metavar="N", help="processes on this machine (published name; on a CPU: N processes)")
+    add("--num-machines", type=int, default=1, metavar="N", help="machines, each running this command")
+    add("--machine-rank", type=int, default=0, metavar="R", help="which of them this is")
+    add("--dist-url", metavar="tcp://HOST:PORT", help="where machine 0 listens (needed with several machines)")
+    add("--checkpoint-period", type=int, metavar="N", help="same as train.checkpoint_period=N")
+    add("--log-period", type=int, metavar="N", help="same as train.log_period=N")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)
+    add("overrides", nargs="*", metavar="key=value", help="changes to the config")
+    return parser
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    args = build_parser().parse_intermixed_args(argv)
+    if args.resume and "=" in args.resume and not os.path.exists(args.resume):  # --resume key=value
+        args.overrides.insert(0, args.resume)
+        args.resume = "latest"
+    for flag in ("checkpoint_period", "log_period"):
+        if getattr(args, flag) is not None:
+            args.overrides.append(f"train.{flag}={getattr(args, flag)}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the trainer, or start the processes that do. Returns the exit status."""
+    from meru_fast import config
+    from meru_fast.checkpoint import CheckpointError
+    from meru_fast.training import deepspeed_config
+
+    args = parse(argv)
+    try:
+        cfg = config.load(args.config, args.overrides)
+        ds_config = deepspeed_config.read(args.deepspeed_config)
+        place = Place.from_environment(os.environ)
+        if args.dry_run:
+            from meru_fast.training.report import dry_run
+
+            return dry_run(cfg, ds_config, world_size=(args.num_gpus or 1) * args.num_machines)
+        if place is None and max(args.num_gpus or 1, args.num_machines) > 1:
+            return start_processes(args, sys.argv[1:] if argv is None else list(argv))
+
+        from meru_fast.training.loop import train
+
+        with process_environment(place or Place.alone()):
+            return train(cfg, args.output_dir, ds_config=ds_config, resume=args.resume)
+    except (config.ConfigError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the run this process is."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    address: str
+    port: int
+
+    @classmethod
+    def alone(cls) -> "Place":
+        return cls(0, 1, 0, 1, "127.0.0.1", free_port())
+
+    @classmethod
+    def from_environment(cls, env: Mapping[str, str]) -> "Place | None":
+        """From what deepspeed, torchrun or srun set; None where no launcher did."""
+        if "RANK" in env and "WORLD_SIZE" in env:
+            local = env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", "1"))
+            return cls(
+                int(env["RANK"]),
+                int(env["WORLD_SIZE"]),
+                int(env.get("LOCAL_RANK", "0")),
+                int(local),
+                env.get("MASTER_ADDR", "127.0.0.1"),
+                int(env.get("MASTER_PORT", "29500")),
+            )
+        if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+            # Ports of one job's steps must agree and of different jobs differ: derive it from the job.
+            job = int(env.get("SLURM_JOB_ID", "0"))
+            return cls(
+                int(env["SLURM_PROCID"]),
+                int(env["SLURM_NTASKS"]),
+                int(env.get("SLURM_LOCALID", "0")),
+                int(re.match(r"\d+", env.get("SLURM_NTASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "1"))).group()),
+                env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))),
+                int(env.get("MASTER_PORT", 10_000 + job % 50_000)),
+            )
+        return None
+
+    def variables(self) -> dict[str, str]:
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_RANK": str(self.local_rank),
+            "LOCAL_WORLD_SIZE": str(self.local_world_size),
+            "LOCAL_SIZE": str(self.local_world_size),
+            "MASTER_ADDR": self.address,
+            "MASTER_PORT": str(self.port),
+        }
+
+
+def first_host(nodes: str) -> str:
+    """First host of a SLURM list: "gpu[07-09,12],cpu1" is "gpu07"."""
+    head = re.match(r"([^,\[]+)(?:\[([^,\-\]]+))?", nodes)
+    return (head.group(1) + (head.group(2) or "")) if head else "127.0.0.1"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def process_environment(place: Place) -> Iterator[None]:
+    """The variables torch.distributed reads, set for the run and put back after it."""
+    before = {name: os.environ.get(name) for name in place.variables()}
+    os.environ.update(place.variables())
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def start_processes(args: argparse.Namespace, argv: list[str]) -> int:
+    """Start this machine's processes through DeepSpeed's per-machine launcher, and wait for them.
+
+    The launcher stops all processes when one of them fails, and hands SIGTERM on to them.
+    """
+    per_machine = args.num_gpus or 1
+    if args.num_machines > 1:
+        address = re.fullmatch(r"tcp://([^:]+):(\d+)", args.dist_url or "")
+        if not address:
+            from meru_fast.config import ConfigError
+
+            raise ConfigError(f"--dist-url {args.dist_url}: several machines need tcp://HOST:PORT of machine 0")
+        host, port = address.group(1), int(address.group(2))
+    else:
+        host, port = "127.0.0.1", free_port()
+    machines = {f"machine{index}": list(range(per_machine)) for index in range(args.num_machines)}
+    world_info = base64.urlsafe_b64encode(json.dumps(machines).encode()).decode()
+    command = [
+        *(sys.executable, "-u", "-m", "deepspeed.launcher.launch", "--log_level=warning"),
+        *(f"--world_info={world_info}", f"--node_rank={args.machine_rank}"),
+        *(f"--master_addr={host}", f"--master_port={port}", "--no_local_rank"),
+        *("--module", "meru_fast.training", *argv),
+    ]
+    logging.getLogger(__name__).debug("starting %s", command)
+    launcher = subprocess.Popen(command)
+    with forwarded_signals(launcher):
+        while True:
+            try:
+                return launcher.wait()
+            except KeyboardInterrupt:  # the terminal interrupted the launcher as well; it is stopping
+                continue
+
+
+@contextmanager
+def forwarded_signals(child: subprocess.Popen) -> Iterator[None]:
+    """SIGTERM to this process reaches the child."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: child.send_signal(signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if child.poll() is None:
+            child.terminate()
