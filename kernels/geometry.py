@@ -76,7 +76,7 @@ def shifted_time(r):
 def row_norm(u):
     """Euclidean norm of each row of a tile [R, D] -> [R], right from 1e-38 to 1e38."""
     peak = tl.maximum(tl.max(tl.abs(u), axis=1), TINY)
-    u = u / peak[:, None]
+    u = u * (1.0 / peak)[:, None]
     return peak * tl.sqrt_rn(tl.sum(u * u, axis=1))
 
 
@@ -118,8 +118,8 @@ def chord(u, v):
     """Lorentz chord |u - v|_L = 2 sinh(d / 2) of the rows of two tiles [R, D], without cancellation at any norm.
 
     Returns (chord [R], perp [R, D], par [R], axis [R, D]): ``u - v = perp + par * axis``, axis = (u + v) / |u + v|.
-    Acute pairs use ``(T^2 |perp|^2 + 4 par^2) / (2 (1 + u_t v_t + <u,v>) + |perp|^2)``, ``T = u_t + v_t``; obtuse pairs
-    ``2 (xi_u + xi_v + xi_u xi_v - <u,v>)``. Every term of both is positive.
+    Pairs with <u,v> > -1 use ``(T^2 |perp|^2 + 4 par^2) / (2 (1 + u_t v_t + <u,v>) + |perp|^2)``, ``T = u_t + v_t``,
+    the others ``2 (xi_u + xi_v + xi_u xi_v - <u,v>)``. No difference of large numbers in either.
     """
     ru = row_norm(u)
     rv = row_norm(v)
@@ -133,9 +133,11 @@ def chord(u, v):
     par = tl.sum(w * axis, axis=1)
     perp = w - par[:, None] * axis
     width = row_norm(perp)
-    root = tl.sqrt_rn(2.0 * (unit * unit + tu * tv + tl.maximum(inner, 0.0)) + (width * unit) * (width * unit))
-    acute = hypot(width * ((tu + tv) / root), 2.0 * par * (unit / root))
+    acute = inner > -unit * unit
+    near = tl.where(acute, inner, 0.0)
+    root = tl.sqrt_rn(2.0 * (unit * unit + tu * tv + near) + (width * unit) * (width * unit))
+    acute_chord = hypot(width * ((tu + tv) / root), 2.0 * par * (unit / root))
     xu = shifted_time(ru) * unit
     xv = shifted_time(rv) * unit
-    obtuse = tl.sqrt_rn(2.0 * ((xu + xv) * unit + xu * xv + tl.maximum(-inner, 0.0))) / unit
-    return tl.where(inner > 0.0, acute, obtuse), perp, par, axis
+    obtuse_chord = tl.sqrt_rn(2.0 * ((xu + xv) * unit + xu * xv - tl.where(acute, 0.0, inner))) / unit
+    return tl.where(acute, acute_chord, obtuse_chord), perp, par, axis
