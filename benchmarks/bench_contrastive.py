@@ -4,6 +4,7 @@ Effective work is 8 B N D for forward and backward together: one pass over the l
 products backward, 2 B N D each. It is the least that needs no B x N memory; every variant is rated by it.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -14,6 +15,13 @@ from benchmarks.harness import Case, Op, Variant, Work, grid
 from meru_fast import lorentz, ops
 
 PRECISIONS = ("medium", "high", "highest")
+
+
+def fused(precision: str, run: Callable[..., Tensor]) -> Variant:
+    """Our variant of one precision; the PyTorch path of a CPU computes all of them alike, so one is enough there."""
+    return Variant(f"meru_fast {precision}", run, needs_cuda=precision != "high")
+
+
 CASES = {
     "smoke": grid([65], [24]) + grid([33], [24], data="noise", scale=14.3),
     "cpu": grid([1_024, 4_096, 8_192]) + grid([4_096], data="noise", scale=14.3),
@@ -45,15 +53,31 @@ def exact_lorentz(image: Tensor, text: Tensor, curv: Tensor, logit_scale: Tensor
     return published.chunked_symmetric_loss(lambda rows: -logit_scale * lorentz.pairwise_dist(rows, text, curv), image)
 
 
+def exact_block(image: Tensor, text: Tensor, curv: Tensor, logit_scale: Tensor, labels: Tensor) -> Tensor:
+    return published.block_loss(-logit_scale * lorentz.pairwise_dist(image, text, curv), labels)
+
+
 def fused_cosine(image: Tensor, text: Tensor, logit_scale: Tensor, precision: str) -> Tensor:
     return ops.contrastive_loss(image, text, 1.0, logit_scale, geometry="cosine", precision=precision)
+
+
+def block_inputs(case: Case, device: torch.device, seed: int) -> list[Tensor]:
+    """The block that the first of columns / rows GPUs computes: its images, everyone's texts, whose are whose."""
+    square = Case(rows=case.columns, dim=case.dim, data=case.data, scale=case.scale)
+    image, text, *scalars = lorentz_inputs(square, device, seed)
+    mine = image.detach()[: case.rows].clone().requires_grad_()
+    return [mine, text, *scalars, torch.arange(case.rows, device=device)]
+
+
+def fused_block(image: Tensor, text: Tensor, curv: Tensor, scale: Tensor, labels: Tensor, precision: str) -> Tensor:
+    return ops.contrastive_loss(image, text, curv, scale, labels=labels, precision=precision)
 
 
 LORENTZ = Op(
     name="contrastive_lorentz",
     inputs=lorentz_inputs,
     variants=[
-        *(Variant(f"meru_fast {word}", partial(ops.contrastive_loss, precision=word)) for word in PRECISIONS),
+        *(fused(word, partial(ops.contrastive_loss, precision=word)) for word in PRECISIONS),
         Variant("eager", published.lorentz_contrastive),
         Variant("torch.compile", published.lorentz_contrastive, compiled=True),
         Variant("chunked", published.lorentz_contrastive_chunked, max_rows=262_144),
@@ -67,7 +91,7 @@ COSINE = Op(
     name="contrastive_cosine",
     inputs=cosine_inputs,
     variants=[
-        *(Variant(f"meru_fast {word}", partial(fused_cosine, precision=word)) for word in PRECISIONS),
+        *(fused(word, partial(fused_cosine, precision=word)) for word in PRECISIONS),
         Variant("eager", published.cosine_contrastive),
         Variant("torch.compile", published.cosine_contrastive, compiled=True),
         Variant("chunked", published.cosine_contrastive_chunked, max_rows=262_144),
@@ -79,5 +103,23 @@ COSINE = Op(
     cases=CASES,
     reference_max=1 << 32,
 )
+BLOCK = Op(
+    name="contrastive_block",
+    inputs=block_inputs,
+    variants=[
+        *(fused(word, partial(fused_block, precision=word)) for word in PRECISIONS),
+        Variant("eager", published.lorentz_contrastive_block),
+        Variant("torch.compile", published.lorentz_contrastive_block, compiled=True),
+    ],
+    reference=exact_block,
+    work=work,
+    cases={
+        "smoke": [Case(rows=9, columns=33, dim=24)],
+        "cpu": [Case(rows=256, columns=2_048, dim=512)],
+        "gpu": [Case(rows=n // gpus, columns=n, dim=512) for n in (2_048, 65_536) for gpus in (8, 16, 32, 64)],
+    },
+    reference_max=1 << 32,
+)
 test_contrastive_lorentz = LORENTZ.as_test()
 test_contrastive_cosine = COSINE.as_test()
+test_contrastive_block = BLOCK.as_test()

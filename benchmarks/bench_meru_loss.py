@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import embeddings, published
-from benchmarks.bench_contrastive import PRECISIONS, work
+from benchmarks.bench_contrastive import PRECISIONS, fused, work
 from benchmarks.harness import Case, Op, Variant, grid
 from meru_fast import lorentz, ops
 
@@ -21,7 +21,7 @@ def inputs(case: Case, device: torch.device, seed: int) -> list[Tensor]:
     return [*raw, *(torch.tensor(value, device=device, requires_grad=True) for value in scalars)]
 
 
-def fused(*arguments: Tensor, precision: str) -> Tensor:
+def fused_loss(*arguments: Tensor, precision: str) -> Tensor:
     return ops.meru_loss(*arguments, entail_weight=ENTAIL_WEIGHT, precision=precision)[0]
 
 
@@ -42,7 +42,7 @@ OP = Op(
     name="meru_loss",
     inputs=inputs,
     variants=[
-        *(Variant(f"meru_fast {word}", partial(fused, precision=word)) for word in PRECISIONS),
+        *(fused(word, partial(fused_loss, precision=word)) for word in PRECISIONS),
         Variant("eager", eager),
         Variant("torch.compile", eager, compiled=True),
     ],

@@ -104,8 +104,8 @@ class Variant:
 class Op:
     """A public operation with everything needed to measure it.
 
-    inputs(case, device, seed): the fp32 input tensors, requires_grad set on those to differentiate; the harness casts
-        those of more than one element to case.dtype.
+    inputs(case, device, seed): the input tensors, requires_grad set on those to differentiate; the harness casts float
+        ones of more than one element to case.dtype.
     reference(*inputs): the same result from fp64 inputs; None where there is no exact one.
     cases: sizes for "smoke" (seconds, to test the suite itself), "cpu" and "gpu".
     reference_max: largest rows * columns for which the fp64 result is computed.
@@ -347,13 +347,15 @@ def _direction(output: Tensor) -> Tensor | None:
     return None if output.dim() == 0 else _unit_direction(output.shape, output.dtype, output.device)
 
 
-def make_inputs(op: Op, case: Case, device: torch.device, seed: int, dtype: torch.dtype | None = None) -> list[Tensor]:
-    """One copy of the inputs in the case's dtype; single-element tensors (curv, logit_scale) stay fp32 or better."""
-    made = []
-    for x in op.inputs(case, device, seed):
-        target = (dtype or case.dtype) if x.numel() > 1 else (dtype or torch.float32)
-        made.append(x.detach().to(target).requires_grad_(x.requires_grad))
-    return made
+def make_inputs(op: Op, case: Case, device: torch.device, seed: int) -> list[Tensor]:
+    """One copy of the inputs in the case's dtype; single numbers (curv, logit_scale) and labels stay what they are."""
+
+    def cast(x: Tensor) -> Tensor:
+        if x.numel() == 1 or not x.is_floating_point():
+            return x
+        return x.detach().to(case.dtype).requires_grad_(x.requires_grad)
+
+    return [cast(x) for x in op.inputs(case, device, seed)]
 
 
 def measure_errors(runner: _Runner, exact: tuple[Tensor, tuple[Tensor, ...]]) -> None:
@@ -396,7 +398,11 @@ def exact_result(op: Op, case: Case, device: torch.device) -> tuple[Tensor, tupl
     """Value and gradients in fp64 of the case's (rounded) inputs, where it is affordable."""
     if op.reference is None or case.rows * case.columns > op.reference_max:
         return None
-    inputs = [x.detach().double().requires_grad_(x.requires_grad) for x in make_inputs(op, case, device, seed=0)]
+
+    def widen(x: Tensor) -> Tensor:
+        return x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+
+    inputs = [widen(x) for x in make_inputs(op, case, device, seed=0)]
     output = op.reference(*inputs)
     if not op.differentiable:
         return output, ()

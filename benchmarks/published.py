@@ -63,6 +63,17 @@ def lorentz_contrastive(image: Tensor, text: Tensor, curv: Tensor, logit_scale: 
     return (cross_entropy(image_logits, labels) + cross_entropy(text_logits, labels)) / 2
 
 
+def block_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Symmetric loss of a [b, B] block of logits; the text direction counts the texts that belong to its images."""
+    rows = torch.arange(len(labels), device=labels.device)
+    return (cross_entropy(logits, labels) + cross_entropy(logits.T[labels], rows)) / 2
+
+
+def lorentz_contrastive_block(image: Tensor, text: Tensor, curv: Tensor, logit_scale: Tensor, labels: Tensor) -> Tensor:
+    """One rank's [b, B] block as published: its images against all texts, and its texts' columns."""
+    return block_loss(-logit_scale * pairwise_dist(image, text, curv), labels)
+
+
 def cosine_contrastive(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
     """CLIP's loss; features are already normalised."""
     labels = torch.arange(len(image), device=image.device)

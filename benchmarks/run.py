@@ -1,0 +1,73 @@
+"""One command for a machine that is at hand: check the ops, measure them, draw the results.
+
+python -m benchmarks.run                            everything that this machine can measure
+python -m benchmarks.run --only contrastive         files whose name contains a word
+python -m benchmarks.run --only meru_loss -- -k 65536
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import report, results
+
+FOLDER = Path(__file__).parent
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="WORD", help="benchmark files to run (repeatable)"
+    )
+    parser.add_argument("--csv", type=Path, default=results.DEFAULT, help="append rows to this file (%(default)s)")
+    parser.add_argument("--no-check", action="store_true", help="measure without testing the ops on this machine first")
+    parser.add_argument("pytest", nargs="*", help="arguments for pytest, after --")
+    return parser.parse_args(argv)
+
+
+def files(words: Sequence[str]) -> list[str]:
+    """The benchmark files whose name contains one of the words; all without words."""
+    found = sorted(FOLDER.glob("bench_*.py"))
+    chosen = [str(path) for path in found if not words or any(word in path.stem for word in words)]
+    if not chosen:
+        names = ", ".join(path.stem.removeprefix("bench_") for path in found)
+        raise SystemExit(f"error: no benchmark matches {' or '.join(words)}; there are {names}")
+    return chosen
+
+
+def step(title: str, *arguments: str) -> int:
+    """Run pytest as a child process; its exit status."""
+    print(f"==> {title}", flush=True)
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    status = subprocess.run(command, cwd=FOLDER.parent).returncode
+    print(f"==> {title}: {'passed' if status == 0 else f'exit status {status}'}, {time.perf_counter() - start:.0f} s")
+    return status
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the steps; 0 when the ops are right and every benchmark ran. Wrong ops are not measured."""
+    arguments = parse(argv)
+    chosen = files(arguments.only)
+    if not arguments.no_check:
+        selection = ["-m", "gpu"] if torch.cuda.is_available() else []
+        if step("Checking the ops on this machine", "tests/ops", *selection):
+            print(
+                "error: the ops are wrong on this machine, so nothing was measured (--no-check measures all the same)"
+            )
+            return 1
+    status = step("Measuring", *chosen, "--csv", str(arguments.csv.resolve()), *arguments.pytest)
+    print("==> Tables and plots")
+    report.main(["--csv", str(arguments.csv)])
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
