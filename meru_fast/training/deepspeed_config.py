@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON: read whole, "auto" values filled from our config, contradictions found before anything is built."""
+"""The DeepSpeed JSON: read whole, "auto" values filled in, contradictions found before anything is built."""
 
 import copy
 import json
@@ -61,9 +61,8 @@ def resolve(
     _fill_precision(config, settings, on_gpu)
     _fill_blocks(config, optim or {})
     if offloads(config, "optimizer"):
-        _fill(
-            config, "zero_force_ds_cpu_optimizer", False
-        )  # torch's AdamW needs no compiler; engine.py picks the faster
+        # Any AdamW will do: torch's needs no compiler, engine.py takes the faster one where there is a GPU.
+        _fill(config, "zero_force_ds_cpu_optimizer", False)
     _drop_auto(config)
 
     faults = list(_contradictions(config, settings, world_size, on_gpu))

@@ -1,4 +1,4 @@
-"""One optimiser step: DeepSpeed around the model, the full contrastive batch under accumulation, the finite-value guard.
+"""One optimiser step: DeepSpeed around the model, the whole batch under accumulation, the finite-value guard.
 
 Everything that touches the inside of DeepSpeed is in this file.
 """
@@ -217,8 +217,11 @@ class Engine:
         found = {}
         for name, bounds in getattr(self.model, "scalar_bounds", {}).items():
             parameter = getattr(self.model, name)
-            if parameter.requires_grad and parameter.numel() == 1:
-                found |= {name: bound for bound in bounds if abs(float(parameter.detach()) - bound) < tolerance}
+            if not parameter.requires_grad or parameter.numel() != 1:
+                continue
+            for bound in bounds:
+                if abs(float(parameter.detach()) - bound) < tolerance:
+                    found[name] = bound
         return found
 
     def full_gradients(self) -> dict[str, Tensor]:

@@ -18,14 +18,14 @@ from dataclasses import dataclass
 DESCRIPTION = """\
 Train MERU or CLIP. One command, any number of processes:
 
-  python scripts/train.py --config train_meru_vit_l --output-dir runs/l                 one process (a GPU if there is one)
-  python scripts/train.py --config train_meru_vit_l --output-dir runs/l --num-gpus 8    eight, on one machine
+  python scripts/train.py --config train_meru_vit_l --output-dir runs/l                one process, on a GPU if any
+  python scripts/train.py --config train_meru_vit_l --output-dir runs/l --num-gpus 8   eight, on one machine
   deepspeed --hostfile hosts scripts/train.py --config ... --deepspeed_config ds.json   DeepSpeed's own launcher
   torchrun --nproc_per_node 8 scripts/train.py --config ...    or    srun python scripts/train.py --config ...
 
 Without a GPU, --num-gpus N starts N CPU processes. Everything in the config can be changed by key=value:
 
-  ... dataset.shards='data/*.tar' train.total_batch_size=1024 train.accumulation_steps=4 model.visual.arch=vit_base_patch16_224
+  ... dataset.shards='data/*.tar' train.total_batch_size=1024 train.accumulation_steps=4 model.embed_dim=256
 
 The same command with --resume auto goes on after any crash. SIGTERM saves and stops, SIGUSR1 saves and goes on.
 """

@@ -84,13 +84,14 @@ def train(
         finally:
             run.loader.close()
         run.engine.close()
+        if get_world_size() > 1:  # alone, DeepSpeed's groups stay for the next run of this process
+            dist.destroy_process_group()
         return status
     except Exception:
         log.exception("rank %d failed", int(os.environ["RANK"]))
         raise
     finally:
         close_logging()
-        shut_down()
 
 
 def optim_values(cfg: DictConfig) -> dict[str, Any]:
@@ -123,15 +124,6 @@ def seed(value: int) -> None:
     random.seed(value)
     np.random.seed(value % 2**32)
     torch.manual_seed(value)
-
-
-def shut_down() -> None:
-    """Leave the process group. After a failure without waiting for anyone: the launcher stops the others."""
-    if dist.is_initialized():
-        import deepspeed
-
-        dist.destroy_process_group()
-        deepspeed.comm.comm.cdb = None  # or the next run of this process would take the group for alive
 
 
 def build_model(cfg: DictConfig, settings: TrainSettings, device: torch.device) -> nn.Module:
@@ -318,7 +310,7 @@ class Run:
         return bool(minutes) and time.monotonic() - last_save > 60 * minutes
 
     def _row(self, result: StepResult, rate: float, batch: Any, window: Window) -> dict[str, Any]:
-        """A row of metrics.csv. The model's numbers are of this step, averaged over ranks; speeds since the last row."""
+        """A row of metrics.csv. The model's numbers are this step's, averaged over ranks; speeds since the last row."""
         names = list(result.logging)
         values = torch.stack([result.logging[name].float() for name in names])
         if get_world_size() > 1:
@@ -366,7 +358,7 @@ class Run:
         return True
 
     def _evaluate(self, metrics: Metrics | None) -> None:
-        """The config's evaluator on the model in training: by rank 0, or by all where each holds a part of the model."""
+        """The config's evaluator on the model in training: by rank 0, or by all where each holds a part of it."""
         model, before = self.engine.model, rank_state()
         if self.engine.stage == 3 or is_main_process():
             model.eval()

@@ -84,11 +84,11 @@ def state_bytes(parameters: int, trainable: int, stage: int, world_size: int, pr
 
 
 def memory_table(parameters: int, trainable: int, world_size: int, precision: str) -> str:
-    lines = ["stage  weights  gradients  optimizer   total   (GB per process; activations come on top)"]
+    lines = ["stage   weights gradients optimizer     total   (GB per process; activations come on top)"]
     for stage in (0, 1, 2, 3):
         parts = state_bytes(parameters, trainable, stage, world_size, precision)
         cells = [parts["weights"], parts["gradients"], parts["optimizer"], sum(parts.values())]
-        lines.append(f"{stage:<5}" + "".join(f"{cell / 1e9:>{width}.2f}" for cell, width in zip(cells, (9, 11, 11, 8))))
+        lines.append(f"{stage:<5}" + "".join(f"{cell / 1e9:>10.2f}" for cell in cells))
     return "\n".join(lines)
 
 
@@ -98,7 +98,8 @@ def summary(cfg: DictConfig, engine: Any, loader: Any) -> str:
     return (
         f"{type(engine.model).__name__} with {total / 1e6:.1f} M parameters ({trainable / 1e6:.1f} M trained), "
         f"{get_world_size()} x {engine.device.type}, ZeRO stage {engine.stage}, {engine.precision}; "
-        f"{loader.num_samples:,} pairs, {loader.batches_per_epoch:,} batches of {cfg.train.total_batch_size} per epoch, "
+        f"{loader.num_samples:,} pairs, "
+        f"{loader.batches_per_epoch:,} batches of {cfg.train.total_batch_size} per epoch, "
         f"{cfg.train.num_iterations:,} steps"
     )
 

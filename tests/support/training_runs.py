@@ -1,0 +1,94 @@
+"""Small training runs, in this process or as real processes, and what they left behind."""
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "tests" / "training" / "tiny_meru.py"
+
+
+def command(output_dir: Path, *arguments: str, processes: int = 1) -> list[str]:
+    """The training command of a user, for the tiny config."""
+    several = ["--num-gpus", str(processes)] if processes > 1 else []
+    return [
+        *(sys.executable, "-m", "meru_fast.training", "--config", str(TINY), "--output-dir", str(output_dir)),
+        *several,
+        *arguments,
+    ]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    ours = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return ours | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | extra
+
+
+def run(output_dir: Path, *arguments: str, processes: int = 1, status: int = 0, timeout: float = 240) -> str:
+    """Run to the end, check the exit status, return everything it printed."""
+    done = subprocess.run(
+        command(output_dir, *arguments, processes=processes),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == status, done.stdout[-4000:]
+    return done.stdout
+
+
+def metrics(output_dir: Path) -> list[dict[str, str]]:
+    with (output_dir / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+#: Columns of metrics.csv that do not depend on the machine's mood.
+DETERMINISTIC = ("step", "loss", "contrastive_loss", "entailment_loss", "curv", "logit_scale", "lr", "grad_norm")
+
+
+def history(output_dir: Path) -> list[tuple[str, ...]]:
+    """The deterministic part of metrics.csv, as written: equal means bit-equal."""
+    return [tuple(row[name] for name in DETERMINISTIC) for row in metrics(output_dir)]
+
+
+def states(output_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    """Every tensor of every file of a checkpoint, by file and place in it."""
+    found: dict[str, torch.Tensor] = {}
+    folder = output_dir / "checkpoints" / f"step_{step:08d}"
+    for file in sorted(folder.glob("*.pt")):
+        _collect(torch.load(file, map_location="cpu", weights_only=False), file.name, found)
+    assert found, f"no tensors in {folder}"
+    return found
+
+
+def _collect(value: object, place: str, found: dict[str, torch.Tensor]) -> None:
+    if isinstance(value, torch.Tensor):
+        found[place] = value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _collect(item, f"{place}/{key}", found)
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _collect(item, f"{place}/{index}", found)
+
+
+def assert_same_state(one: Path, other: Path, step: int) -> None:
+    """Bit-equal weights, moments, schedules and random states."""
+    left, right = states(one, step), states(other, step)
+    assert left.keys() == right.keys()
+    different = [name for name in left if not torch.equal(left[name], right[name])]
+    assert not different, different[:10]
+
+
+def forget_after(output_dir: Path, step: int) -> None:
+    """Make the run folder look as if the run had crashed right after its checkpoint of `step`."""
+    for folder in (output_dir / "checkpoints").glob("step_*"):
+        if int(folder.name[5:]) > step:
+            shutil.rmtree(folder)
+    (output_dir / "checkpoints" / "latest").write_text(f"step_{step:08d}")
