@@ -35,6 +35,7 @@ import numpy as np
 from meru_fast.data import shards as shard_files
 from meru_fast.data.errors import DataError
 from meru_fast.data.progress import progress_bar
+from meru_fast.data.remote import cache_folder
 
 VERSION = 1
 FOLDER = ".meru_index"
@@ -297,9 +298,8 @@ def writable(folder: str) -> Path:
     place = beside(folder)
     if place and os.access(place if place.exists() else folder, os.W_OK):
         return place
-    cache = Path(os.environ.get("MERU_FAST_CACHE") or Path.home() / ".cache" / "meru_fast")
     name = folder if place is None else os.path.abspath(folder)
-    return cache / "index" / hashlib.blake2b(name.encode(), digest_size=12).hexdigest()
+    return cache_folder() / "index" / hashlib.blake2b(name.encode(), digest_size=12).hexdigest()
 
 
 @contextlib.contextmanager

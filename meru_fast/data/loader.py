@@ -270,6 +270,8 @@ def _unchanged(batch: LocalBatch) -> LocalBatch:
 def _start_worker(index: int) -> None:
     dataset = torch.utils.data.get_worker_info().dataset
     dataset.heartbeat[index, 0] = os.getpid()
+    for part in dataset.mixture:
+        part.samples.reopen()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
 
 

@@ -12,7 +12,7 @@ def progress_bar(what: str, total: int, unit: str, enabled: bool = True) -> Iter
 
     class Rate(ProgressColumn):
         def render(self, task) -> str:
-            return f"{task.finished_speed or task.speed or 0:,.0f} {unit}/s"
+            return f"{task.completed / max(task.finished_time or task.elapsed or 0, 1e-3):,.0f} {unit}/s"
 
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), Rate(), TextColumn("ETA"), TimeRemainingColumn())
     with Progress(

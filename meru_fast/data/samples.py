@@ -10,7 +10,8 @@ from meru_fast.data.captions import Caption
 from meru_fast.data.errors import BadSampleError
 from meru_fast.data.index import DEFECTS, TXT, ShardSet
 from meru_fast.data.order import EpochOrder
-from meru_fast.data.shards import ShardReader
+from meru_fast.data.remote import RemoteReader
+from meru_fast.data.shards import ShardReader, is_remote
 
 
 class Raw(NamedTuple):
@@ -27,13 +28,21 @@ class ShardSamples:
         self.shards = shards
         self.starts = shards.starts
         self.fingerprint = shards.fingerprint
-        self._reader = ShardReader()
+        self._local, self._remote = ShardReader(), RemoteReader()
 
     def __len__(self) -> int:
         return len(self.shards)
 
+    def reopen(self) -> None:
+        """Drop open files and threads: they are the parent's, this is a new worker."""
+        self._local, self._remote = ShardReader(), RemoteReader()
+
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_reader": ShardReader()}  # open files stay with their process
+        return {name: value for name, value in self.__dict__.items() if name not in ("_local", "_remote")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.reopen()
 
     def name(self, sample: int) -> tuple[str, str]:
         """Shard and key, for messages."""
@@ -44,7 +53,7 @@ class ShardSamples:
         for slot in np.unique(slots).tolist():
             path, start, stop = self.shards.extent(*order.block(epoch, slot))
             try:
-                self._reader.prefetch(path, start, stop)
+                self._reader(path).prefetch(path, start, stop)
             except OSError:
                 return  # the read that follows will say what is wrong, with the sample's name
 
@@ -62,9 +71,12 @@ class ShardSamples:
         text = self._bytes(place.shard, place.text_offset, place.text_size)
         return Raw(image, captions.parse(text, bool(place.flags & TXT)))
 
+    def _reader(self, path: str) -> ShardReader | RemoteReader:
+        return self._remote if is_remote(path) else self._local
+
     def _bytes(self, path: str, offset: int, size: int) -> bytes:
         try:
-            data = self._reader.read(path, offset, size)
+            data = self._reader(path).read(path, offset, size)
         except OSError as error:
             raise BadSampleError(f"cannot be read: {error.strerror or error}") from error
         if len(data) != size:
@@ -89,6 +101,9 @@ class SyntheticSamples:
 
     def name(self, sample: int) -> tuple[str, str]:
         return "synthetic", str(sample)
+
+    def reopen(self) -> None:
+        """Nothing is open."""
 
     def prefetch(self, order: EpochOrder, epoch: int, slots: np.ndarray) -> None:
         """Nothing to read ahead."""
