@@ -114,29 +114,31 @@ def log_factors(s):
 
 
 @triton.jit
-def chord(u, v):
-    """Lorentz chord |u - v|_L = 2 sinh(d / 2) of the rows of two tiles [R, D], without cancellation at any norm.
+def chord(x, y, root):
+    """Lorentz chord |u - v|_L = 2 sinh(d / 2) of the rows of two tiles [R, D], u = root x, v = root y, at any norm.
 
     Returns (chord [R], perp [R, D], par [R], axis [R, D]): ``u - v = perp + par * axis``, axis = (u + v) / |u + v|.
     Pairs with <u,v> > -1 use ``(T^2 |perp|^2 + 4 par^2) / (2 (1 + u_t v_t + <u,v>) + |perp|^2)``, ``T = u_t + v_t``,
-    the others ``2 (xi_u + xi_v + xi_u xi_v - <u,v>)``. No difference of large numbers in either.
+    the others ``2 (xi_u + xi_v + xi_u xi_v - <u,v>)``. No difference of large numbers in either but ``x - y``, which is
+    taken before the scaling: that rounds, and would tilt close pairs.
     """
-    ru = row_norm(u)
-    rv = row_norm(v)
+    ru = root * row_norm(x)
+    rv = root * row_norm(y)
     unit = 1.0 / tl.maximum(1.0, tl.maximum(ru, rv))  # keeps products of two huge norms in range
     tu = unit_time(ru) * unit
     tv = unit_time(rv) * unit
-    inner = tl.sum((u * unit[:, None]) * (v * unit[:, None]), axis=1)
-    m = u + v
-    axis = m * safe_inverse(row_norm(m))[:, None]
-    w = u - v
-    par = tl.sum(w * axis, axis=1)
-    perp = w - par[:, None] * axis
-    width = row_norm(perp)
+    inner = tl.sum((x * (root * unit)[:, None]) * (y * (root * unit)[:, None]), axis=1)
     acute = inner > -unit * unit
+    m = x + y
+    axis = m * safe_inverse(row_norm(m))[:, None]
+    w = x - y
+    par = tl.sum(w * axis, axis=1)
+    perp = root * (w - par[:, None] * axis)
+    par *= root
+    width = row_norm(perp)
     near = tl.where(acute, inner, 0.0)
-    root = tl.sqrt_rn(2.0 * (unit * unit + tu * tv + near) + (width * unit) * (width * unit))
-    acute_chord = hypot(width * ((tu + tv) / root), 2.0 * par * (unit / root))
+    total = tl.sqrt_rn(2.0 * (unit * unit + tu * tv + near) + (width * unit) * (width * unit))
+    acute_chord = hypot(width * ((tu + tv) / total), 2.0 * par * (unit / total))
     xu = shifted_time(ru) * unit
     xv = shifted_time(rv) * unit
     obtuse_chord = tl.sqrt_rn(2.0 * ((xu + xv) * unit + xu * xv - tl.where(acute, 0.0, inner))) / unit

@@ -24,6 +24,18 @@ from torch import Tensor
 
 Scalar: TypeAlias = float | Tensor
 
+__all__ = [
+    "elementwise_dist",
+    "elementwise_inner",
+    "exp_map0",
+    "half_aperture",
+    "log_map0",
+    "oxy_angle",
+    "pairwise_dist",
+    "pairwise_inner",
+    "pairwise_oxy_angle",
+]
+
 LIFT_MAX = math.asinh(2.0**15)  # exp_map0 saturates here, as published: space norms end at 2^15 / sqrt(curv)
 FAR = 2.0**60  # beyond this norm products of two points would leave the range of fp32
 
@@ -37,15 +49,15 @@ def pairwise_inner(x: Tensor, y: Tensor, curv: Scalar = 1.0) -> Tensor:
 
     [B1, D], [B2, D] -> [B1, B2].
     """
-    _check_pairwise(x, y)
+    check_pairwise(x, y)
     root, x, y = _prepare(curv, x, y)
-    return _gram(x, y) - _time(_norm(x), 1 / root) * _time(_norm(y), 1 / root).T
+    return _gram(x, y) - _time(norm(x), 1 / root) * _time(norm(y), 1 / root).T
 
 
 def elementwise_inner(x: Tensor, y: Tensor, curv: Scalar = 1.0) -> Tensor:
     """Lorentz inner product of given pairs: [..., D], [..., D] (broadcast) -> [...]."""
     root, x, y = _prepare(curv, x, y)
-    return (x * y).sum(-1) - (_time(_norm(x), 1 / root) * _time(_norm(y), 1 / root)).squeeze(-1)
+    return (x * y).sum(-1) - (_time(norm(x), 1 / root) * _time(norm(y), 1 / root)).squeeze(-1)
 
 
 def pairwise_dist(x: Tensor, y: Tensor, curv: Scalar = 1.0, eps: float = 1e-8) -> Tensor:
@@ -54,12 +66,15 @@ def pairwise_dist(x: Tensor, y: Tensor, curv: Scalar = 1.0, eps: float = 1e-8) -
     ``cosh(d) - 1`` is summed from shifted times, so that small norms keep their digits. It is a difference all the
     same: in fp32 distances below about ``5e-4 |x|`` are noise. ``elementwise_dist`` has no such floor.
     """
-    _check_pairwise(x, y)
+    check_pairwise(x, y)
     root, u, v = _unit(curv, x, y)
     (u, u_extra), (v, v_extra) = _pull_in(u), _pull_in(v)
-    xu, xv = _shifted_time(_norm(u)), _shifted_time(_norm(v)).T
+    xu, xv = _shifted_time(norm(u)), _shifted_time(norm(v)).T
     delta = xu + xv + xu * xv - _gram(u, v)
-    return (2 * torch.asinh(_sqrt(delta / 2)) + u_extra + v_extra.T) / root
+    apart = delta > 0
+    delta = torch.where(apart, delta, 1.0)
+    arc = torch.log1p(delta + delta.sqrt() * (delta + 2).sqrt())  # acosh(1 + delta)
+    return (torch.where(apart, arc, 0.0) + u_extra + v_extra.T) / root
 
 
 def elementwise_dist(x: Tensor, y: Tensor, curv: Scalar = 1.0, eps: float = 1e-8) -> Tensor:
@@ -67,8 +82,8 @@ def elementwise_dist(x: Tensor, y: Tensor, curv: Scalar = 1.0, eps: float = 1e-8
 
     Right to the last digits at any distance; zero with zero gradient where the points are equal.
     """
-    root, u, v = _unit(curv, x, y)
-    return 2 * torch.asinh(_chord(u, v).squeeze(-1) / 2) / root
+    root, x, y = _prepare(curv, x, y)
+    return 2 * torch.asinh(_chord(x, y, root).squeeze(-1) / 2) / root
 
 
 def exp_map0(x: Tensor, curv: Scalar = 1.0, eps: float = 1e-8) -> Tensor:
@@ -77,7 +92,7 @@ def exp_map0(x: Tensor, curv: Scalar = 1.0, eps: float = 1e-8) -> Tensor:
     ``s`` saturates at ``asinh(2^15)``, as published: space norms never exceed ``2^15 / sqrt(curv)``.
     """
     root, x = _prepare(curv, x)
-    s = root * _norm(x)
+    s = root * norm(x)
     near = _series(_SINH_SERIES, s.clamp(max=1) ** 2)
     far = torch.sinh(s.clamp(1, LIFT_MAX)) / s.clamp(min=1)
     return torch.where(s < 1, near, far) * x
@@ -86,7 +101,7 @@ def exp_map0(x: Tensor, curv: Scalar = 1.0, eps: float = 1e-8) -> Tensor:
 def log_map0(x: Tensor, curv: Scalar = 1.0, eps: float = 1e-8) -> Tensor:
     """Inverse of ``exp_map0``: ``asinh(s)/s * x`` with ``s = sqrt(curv) |x|``: [..., D] -> [..., D]."""
     root, x = _prepare(curv, x)
-    s = root * _norm(x)
+    s = root * norm(x)
     near = _series(_ASINH_SERIES, s.clamp(max=0.25) ** 2)
     far = torch.asinh(s.clamp(min=0.25)) / s.clamp(min=0.25)
     return torch.where(s < 0.25, near, far) * x
@@ -101,7 +116,7 @@ def half_aperture(x: Tensor, curv: Scalar = 1.0, min_radius: float = 0.1, eps: f
     if not min_radius >= 0:
         raise ValueError(f"min_radius must not be negative, got {min_radius}")
     root, x = _prepare(curv, x)
-    s = (root * _norm(x)).squeeze(-1)
+    s = (root * norm(x)).squeeze(-1)
     rim = 2 * min_radius
     outside = s > rim
     s = torch.where(outside, s, 1 + rim)
@@ -115,13 +130,14 @@ def oxy_angle(x: Tensor, y: Tensor, curv: Scalar = 1.0, eps: float = 1e-8) -> Te
     0 when y lies straight behind x, pi when it lies towards the root. Where the angle is undefined it has a value and a
     zero gradient: pi/2 for ``x = 0`` (the mean over all directions), 0 for ``x = y`` (a cone contains its apex).
     """
-    _, u, v = _unit(curv, x, y)
-    ru, rv = _norm(u), _norm(v)
+    root, x, y = _prepare(curv, x, y)
+    length = norm(x)
+    direction = _divide(x, length)
+    ru, rv = root * length, root * norm(y)
     scale = rv.detach().clamp(min=1)  # the angle depends on v through ratios only
-    direction = _divide(u, ru)
-    w = (v - u) / scale
+    w = (y - x) * (root / scale)  # the difference first: scaling rounds, and would tilt close pairs
     ahead = (direction * w).sum(-1, keepdim=True)  # <direction, v> - r, without the cancellation
-    across = _norm(w - ahead * direction)
+    across = norm(w - ahead * direction)
     return _exterior_angle(ru, ru / scale, ahead, across, _time(rv) / scale).squeeze(-1)
 
 
@@ -132,18 +148,18 @@ def pairwise_oxy_angle(x: Tensor, y: Tensor, curv: Scalar = 1.0, eps: float = 1e
     parallel rows, so it is computed in fp64 (where the device has it), and pairs nearer than its resolution count as
     equal: ``x_i = y_j`` gives 0 as in ``oxy_angle``.
     """
-    _check_pairwise(x, y)
+    check_pairwise(x, y)
+    _, narrow, _ = _prepare(curv, x, y)
+    if x.device.type != "mps":
+        x, y = x.double(), y.double()
     _, u, v = _unit(curv, x, y)
-    out_dtype = u.dtype
-    if u.device.type != "mps":
-        u, v = u.double(), v.double()
-    ru, rv = _norm(u), _norm(v).T
+    ru, rv = norm(u), norm(v).T
     along = _gram(_divide(u, ru), v)
     across_square, ahead = (rv - along) * (rv + along), along - ru
     apart = across_square + ahead**2 > 16 * torch.finfo(u.dtype).eps * rv**2
     across = _sqrt(torch.where(apart, across_square, 0.0))
     angle = _exterior_angle(ru, ru, torch.where(apart, ahead, 0.0), across, _time(rv))
-    return angle.to(out_dtype)
+    return angle.to(narrow.dtype)
 
 
 # --- preparation of the arguments -------------------------------------------------------------------------------------
@@ -151,11 +167,7 @@ def pairwise_oxy_angle(x: Tensor, y: Tensor, curv: Scalar = 1.0, eps: float = 1e
 
 def _prepare(curv: Scalar, *points: Tensor) -> tuple:
     """Check, bring everything to one dtype of at least fp32; returns (sqrt(curv), *points)."""
-    for point in points:
-        if not point.is_floating_point():
-            raise TypeError(f"points must be floating tensors, got {point.dtype}")
-    if len({point.shape[-1:] for point in points}) > 1:
-        raise ValueError(f"points must agree in the last dimension, got shapes {[tuple(p.shape) for p in points]}")
+    check_points(*points)
     dtype = functools.reduce(torch.promote_types, (point.dtype for point in points), torch.float32)
     root: Scalar
     if isinstance(curv, Tensor):
@@ -175,7 +187,21 @@ def _unit(curv: Scalar, *points: Tensor) -> tuple:
     return root, *(root * point for point in points)
 
 
-def _check_pairwise(x: Tensor, y: Tensor) -> None:
+def check_points(*points: Tensor) -> None:
+    """Floating tensors of one width, on one device."""
+    for point in points:
+        if not point.is_floating_point():
+            raise TypeError(f"points must be floating tensors, got {point.dtype}")
+        if point.dim() == 0 or point.shape[-1] == 0:
+            raise ValueError(f"points must have at least one component, got shape {tuple(point.shape)}")
+    if len({point.shape[-1] for point in points}) > 1:
+        raise ValueError(f"points must agree in the last dimension, got shapes {[tuple(p.shape) for p in points]}")
+    if len({point.device for point in points}) > 1:
+        raise ValueError(f"points must be on one device, got {[str(point.device) for point in points]}")
+
+
+def check_pairwise(x: Tensor, y: Tensor) -> None:
+    """Both points are matrices."""
     if x.dim() != 2 or y.dim() != 2:
         raise ValueError(f"pairwise functions take [B1, D] and [B2, D], got {tuple(x.shape)} and {tuple(y.shape)}")
 
@@ -183,7 +209,7 @@ def _check_pairwise(x: Tensor, y: Tensor) -> None:
 # --- building blocks on the unit hyperboloid --------------------------------------------------------------------------
 
 
-def _norm(u: Tensor) -> Tensor:
+def norm(u: Tensor) -> Tensor:
     """Norm over the last dimension, kept: right from the smallest to the largest float, zero gradient at zero."""
     peak = u.detach().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(u.dtype).tiny)
     return peak * torch.linalg.vector_norm(u / peak, dim=-1, keepdim=True)
@@ -225,25 +251,28 @@ def _series(coefficients: list[float], z: Tensor) -> Tensor:
 
 def _pull_in(u: Tensor) -> tuple[Tensor, Tensor]:
     """Bring rows beyond FAR back to FAR: returns (rows, the distance to add to every pair of that row)."""
-    excess = (_norm(u) / FAR).detach().clamp(min=1)
+    excess = (norm(u) / FAR).detach().clamp(min=1)
     return u / excess, excess.log()
 
 
-def _chord(u: Tensor, v: Tensor) -> Tensor:
-    """Lorentz chord ``|u - v|_L = 2 sinh(d / 2)``, [..., 1]; every term is positive, so nothing cancels at any norm."""
-    ru, rv = _norm(u), _norm(v)
+def _chord(x: Tensor, y: Tensor, root: Scalar) -> Tensor:
+    """Lorentz chord ``|u - v|_L = 2 sinh(d / 2)``, [..., 1], without a difference of large numbers but ``x - y``.
+
+    ``x - y`` is split along and across ``x + y`` before the scaling by ``root``: that rounds, and would tilt close pairs.
+    """
+    ru, rv = root * norm(x), root * norm(y)
     unit = 1 / torch.maximum(ru, rv).detach().clamp(min=1)  # keeps products of two large norms in range
     u_time, v_time = unit * _time(ru), unit * _time(rv)
-    inner = ((unit * u) * (unit * v)).sum(-1, keepdim=True)
+    inner = ((root * unit * x) * (root * unit * y)).sum(-1, keepdim=True)
     acute = inner > -(unit**2)
 
-    m, w = u + v, u - v
-    axis = _divide(m, _norm(m))
+    m, w = x + y, x - y
+    axis = _divide(m, norm(m))
     par = (w * axis).sum(-1, keepdim=True)
-    width = _norm(w - par * axis)
+    width, par = root * norm(w - par * axis), root * par
     near = torch.where(acute, inner, 0.0)
-    root = (2 * (unit**2 + u_time * v_time + near) + (unit * width) ** 2).sqrt()
-    a, b = width * ((u_time + v_time) / root), 2 * par * (unit / root)
+    total = (2 * (unit**2 + u_time * v_time + near) + (unit * width) ** 2).sqrt()
+    a, b = width * ((u_time + v_time) / total), 2 * par * (unit / total)
     zero = (a == 0) & (b == 0)
     acute_chord = torch.where(zero, 0.0, torch.hypot(torch.where(zero, 1.0, a), b))
 

@@ -25,19 +25,6 @@ def rows(x: Tensor) -> Tensor:
     return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
 
 
-def check_points(*points: Tensor) -> None:
-    """Floating tensors of one width, on one device."""
-    for point in points:
-        if not point.is_floating_point():
-            raise TypeError(f"points must be floating tensors, got {point.dtype}")
-        if point.dim() == 0 or point.shape[-1] == 0:
-            raise ValueError(f"points must have at least one component, got shape {tuple(point.shape)}")
-    if len({point.shape[-1] for point in points}) > 1:
-        raise ValueError(f"points must agree in the last dimension, got shapes {[tuple(p.shape) for p in points]}")
-    if len({point.device for point in points}) > 1:
-        raise ValueError(f"points must be on one device, got {[str(p.device) for p in points]}")
-
-
 def refuse_double_backward(ctx: object, *grads: Tensor) -> None:
     """Registered as the derivative of every backward kernel."""
     raise RuntimeError(

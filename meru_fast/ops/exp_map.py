@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from meru_fast import lorentz
-from meru_fast.lorentz import Scalar
-from meru_fast.ops.arguments import MAX_WIDTH, check_points, refuse_double_backward, rows, scalar
+from meru_fast.lorentz import Scalar, check_points
+from meru_fast.ops.arguments import MAX_WIDTH, refuse_double_backward, rows, scalar
 from meru_fast.ops.backend import active_backend
 
 
