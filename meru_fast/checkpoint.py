@@ -1,14 +1,15 @@
 """Weights in and out: published ``.pth`` files, our safetensors export, DeepSpeed folders of any ZeRO stage.
 
-Nothing here runs code from a file: tensors come through ``weights_only`` loading, and DeepSpeed's own files (which hold a
-few of its objects) are opened only if they name nothing but these.
+Nothing here runs code from a file: tensors come through ``weights_only`` loading, DeepSpeed's own files (which hold a
+few of its objects) are opened only if they name nothing but these, and an export's config may name only our models.
 """
 
 import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,10 @@ _DEEPSPEED_GLOBALS = frozenset(
         "deepspeed.runtime.zero.config.ZeroStageEnum",
         "deepspeed.utils.tensor_fragment.fragment_address",
     }
+)
+
+_MODEL_TARGETS = frozenset(
+    f"meru_fast.models.{name}" for name in ("CLIP", "MERU", "TransformerTextEncoder", "build_timm_vit")
 )
 
 
@@ -60,8 +65,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike, ema: bool = False) -
     """Load any checkpoint into `model`, strictly.
 
     Args:
-        path: a ``.pth`` / ``.pt`` / ``.safetensors`` file, an export folder, or a DeepSpeed run, ``checkpoints`` or step
-            folder (the first two mean their latest step).
+        path: a ``.pth`` / ``.pt`` / ``.safetensors`` file, an export folder, or a DeepSpeed run, ``checkpoints`` or
+            step folder (the first two mean their latest step).
         ema: take the averaged weights that a run keeps beside its own.
 
     Raises:
@@ -173,16 +178,58 @@ def describe(node: Mapping[str, Any]) -> str:
     return f"{name}, {node['visual']['arch']}{details} + {node['textual']['arch']}, embed_dim {node['embed_dim']}"
 
 
-def save_published(path: str | os.PathLike, model: nn.Module, iteration: int = 0, root: Tensor | None = None) -> None:
-    """Write the layout of the published ``.pth`` files, which the published code base reads."""
-    content: dict[str, Any] = {"model": {k: v.cpu() for k, v in model.state_dict().items()}, "iteration": iteration}
+def save_published(
+    file: str | os.PathLike, state: Mapping[str, Tensor], iteration: int = 0, root: Tensor | None = None
+) -> None:
+    """Write a state dict in the layout of the published ``.pth`` files, which the published code base reads."""
+    content: dict[str, Any] = {"model": {name: value.cpu() for name, value in state.items()}, "iteration": iteration}
     if root is not None:
         content["root"] = root.cpu()
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    torch.save(content, partial)
-    partial.replace(path)
+    with _whole(Path(file)) as partial:
+        torch.save(content, partial)
+
+
+def save_export(
+    folder: str | os.PathLike,
+    state: Mapping[str, Tensor],
+    model_config: Mapping[str, Any],
+    iteration: int | None = None,
+    root: Tensor | None = None,
+) -> None:
+    """Write ``model.safetensors`` and the ``config.json`` that ``MERU.from_pretrained`` and ``load_model`` read."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    trusted_model(model_config, "model config")
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    tensors |= {} if root is None else {"root": root.cpu()}
+    metadata = {"format": "pt"} | ({} if iteration is None else {"iteration": str(iteration)})
+    with _whole(folder / SAFETENSORS_FILE) as partial:
+        save_file(tensors, partial, metadata)
+    with _whole(folder / CONFIG_FILE) as partial:
+        partial.write_text(json.dumps(model_config, indent=2) + "\n", encoding="utf-8")
+
+
+def trusted_model(node: Mapping[str, Any], source: str | os.PathLike) -> Mapping[str, Any]:
+    """`node`, unless it names a callable that is not one of our models and towers: an export may come from anywhere."""
+    for key, value in node.items() if isinstance(node, Mapping) else ():
+        if key == configs.TARGET and value not in _MODEL_TARGETS:
+            raise CheckpointError(f"{source}: refused, it names {value!r}; pass the model config if you trust it")
+        if isinstance(value, Mapping):
+            trusted_model(value, source)
+    return node
+
+
+@contextmanager
+def _whole(file: Path) -> Iterator[Path]:
+    """A file to write that becomes `file` when it is complete."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        yield partial
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def find_step(folder: Path) -> Path:
@@ -230,7 +277,7 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], CheckpointInfo]:
     model = None
     if recorded.is_file():
         try:
-            model = OmegaConf.create(json.loads(recorded.read_text(encoding="utf-8")))
+            model = OmegaConf.create(trusted_model(json.loads(recorded.read_text(encoding="utf-8")), recorded))
         except json.JSONDecodeError as error:
             raise CheckpointError(f"{recorded}: {error}") from error
     return state, CheckpointInfo("export", file, iteration, model=model)

@@ -1,7 +1,7 @@
 """Causal self-attention over packed captions, on the fastest implementation that runs here, and over padded ones.
 
-Packed captions lie end to end, [total, ...]; a caption attends only to itself. Tried in this order, each probed once per
-device, dtype and head size by a forward and backward pass on three tiny captions:
+Packed captions lie end to end, [total, ...]; a caption attends only to itself. Tried in this order, each probed once
+per device, dtype and head size by a forward and backward pass on three tiny captions:
 
     xformers    memory_efficient_attention with BlockDiagonalCausalMask (GPU)
     varlen      torch.nn.attention.varlen (GPU, half precision)

@@ -1,22 +1,31 @@
 """CLIP: two encoders, one embedding space on the sphere. MERU builds on it."""
 
 import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from torch import Tensor, nn
 
-from meru_fast import ops
+from meru_fast import checkpoint, ops
 from meru_fast.distributed import get_world_size, scale_gradient
+from meru_fast.models.recipe import from_recipe, recipe_of
 from meru_fast.tokenizer import PackedTokens
 
+_DOWNLOAD_ARGUMENTS = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+HUB_CARD = {"library_name": "meru_fast", "pipeline_tag": "zero-shot-image-classification", "tags": ["hyperbolic"]}
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class CLIP(nn.Module):
+class CLIP(nn.Module, PyTorchModelHubMixin, coders={nn.Module: (recipe_of, from_recipe)}, **HUB_CARD):
     """The CLIP baseline of MERU (arXiv:2304.09172, section 4).
+
+    ``save_pretrained(folder)`` writes safetensors and a config, ``CLIP.from_pretrained(folder or Hub id)`` reads them.
 
     Learnable scalars are stored as logarithms with shape [1] (DeepSpeed cannot partition 0-dim parameters) and appear
     0-dim in the state dict, as in published checkpoints.
@@ -140,6 +149,39 @@ class CLIP(nn.Module):
                 image, text, 1.0, logit_scale, geometry=self.geometry, precision=self.precision, group=_group()
             )
         return {"loss": loss, "logging": {"contrastive_loss": loss.detach(), "logit_scale": logit_scale.detach()[0]}}
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        checkpoint.save_export(save_directory, self.state_dict(), self.hub_config())
+
+    def hub_config(self) -> dict[str, Any]:
+        """The arguments that build this model again, as the ``model`` part of a config."""
+        for name in ("visual", "textual"):
+            if self._hub_mixin_config.get(name) is None:
+                raise ValueError(f"the {name} tower does not say how it was built: give it a `recipe` (models.recipe)")
+        return {"_target_": f"meru_fast.models.{type(self).__name__}", **self._hub_mixin_config}
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        config: dict | None = None,
+        map_location: str = "cpu",
+        **arguments: Any,
+    ) -> "CLIP":
+        download = {key: arguments.pop(key) for key in _DOWNLOAD_ARGUMENTS}
+        if config is None:
+            raise checkpoint.CheckpointError(f"{model_id}: no {checkpoint.CONFIG_FILE} there")
+        recorded = str(config.get("_target_", cls.__name__)).rpartition(".")[2]
+        if recorded != cls.__name__:
+            raise checkpoint.CheckpointError(f"{model_id} holds a {recorded}: use {recorded}.from_pretrained")
+        file = os.path.join(model_id, checkpoint.SAFETENSORS_FILE)
+        if not os.path.isdir(model_id):
+            file = hf_hub_download(model_id, checkpoint.SAFETENSORS_FILE, **download)
+        model = cls(**arguments)
+        state, _ = checkpoint.read_checkpoint(file)
+        checkpoint.fit_state(model, state, file)
+        return model.to(map_location).eval()
 
     @staticmethod
     def _for_engine(features: Tensor) -> Tensor:

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from meru_fast import lorentz, ops
 from meru_fast.models.clip import CLIP, IMAGENET_MEAN, IMAGENET_STD, _full_precision, _group, _no_autocast
+from meru_fast.models.recipe import from_recipe, recipe_of
 
 
-class MERU(CLIP):
+class MERU(CLIP, coders={nn.Module: (recipe_of, from_recipe)}):
     """Encoders as in CLIP; their features are scaled, lifted to the hyperboloid and compared by geodesic distance.
 
     Args:

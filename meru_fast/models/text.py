@@ -41,6 +41,12 @@ class TransformerTextEncoder(nn.Module):
             raise ValueError(f"text arch {arch!r}: {self.heads} heads do not divide width {self.width}; set _A<heads>")
         self.vocab_size, self.context_length = vocab_size, context_length
         self.grad_checkpointing = grad_checkpointing
+        self.recipe = {
+            "_target_": "meru_fast.models.TransformerTextEncoder",
+            "arch": arch,
+            "vocab_size": vocab_size,
+            "context_length": context_length,
+        }
 
         self.token_embed = nn.Embedding(vocab_size, self.width)
         self.posit_embed = nn.Parameter(torch.empty(context_length, self.width))

@@ -1,4 +1,4 @@
-"""Image tower: a timm Vision Transformer, by default with fixed 2-D sine-cosine positions (MoCo-v3, arXiv:2104.02057)."""
+"""Image tower: a timm Vision Transformer, with the fixed 2-D sine-cosine positions of MoCo-v3 (arXiv:2104.02057)."""
 
 import difflib
 from typing import Any
@@ -65,6 +65,14 @@ def build_timm_vit(
         **kwargs,
     )
     vit.width = vit.embed_dim
+    vit.recipe = {
+        "_target_": "meru_fast.models.build_timm_vit",
+        "arch": arch,
+        "global_pool": global_pool,
+        "use_sincos2d_pos": use_sincos2d_pos,
+        "img_size": img_size,
+        **kwargs,
+    }
     if use_sincos2d_pos:
         positions = sincos_2d(vit.patch_embed.grid_size, vit.embed_dim, prefix=vit.num_prefix_tokens)
         vit.pos_embed = nn.Parameter(positions, requires_grad=False)
