@@ -147,6 +147,8 @@ def _members(file, path: str, entry: ShardEntry) -> Iterator[tuple[str, int, int
                     yield member.name, member.offset_data, member.size
     except tarfile.TarError as error:
         entry.fault = f"truncated or damaged TAR: {error}"
+    if size % BLOCK and not entry.fault:
+        entry.fault = "truncated TAR: ends inside a block"
 
 
 def _key_and_kind(name: str) -> tuple[str, str]:
@@ -423,15 +425,15 @@ def open_shards(shards, *, workers: int | None = None, progress: bool = True, pr
     Raises:
         DataError: no shards, a shard that vanished since it was indexed, or one that is compressed.
     """
-    found, opens = _find(shards)
+    found, globs = _find(shards)
     by_folder: dict[str, list[str]] = {}
     for path in found:
         by_folder.setdefault(shard_files.split_folder(path)[0], []).append(path)
     folders = {}
-    for folder in {**by_folder, **{shard_files.split_folder(p)[0]: None for p in opens}}:
+    for folder in {**by_folder, **{shard_files.split_folder(p)[0]: None for p in globs}}:
         paths = by_folder.get(folder, [])
         index = _load(folder, paths)
-        gone = _vanished(index, folder, paths, opens)
+        gone = _vanished(index, folder, paths, globs)
         if gone and not prune:
             more = f" (and {len(gone) - 1} more)" if len(gone) > 1 else ""
             raise DataError(
@@ -448,16 +450,14 @@ def open_shards(shards, *, workers: int | None = None, progress: bool = True, pr
 
 
 def _find(shards) -> tuple[list[str], list[str]]:
-    """All shards, each once, in sorted order, and the open patterns among what was asked for."""
+    """All shards, each once, in sorted order, and the globs among what was asked for."""
     found: set[str] = set()
-    opens = []
+    globs: list[str] = []
     for pattern in shard_files.patterns(shards):
-        paths, is_open = shard_files.expand(pattern)
+        paths, answered = shard_files.expand(pattern)
         found.update(paths)
-        if is_open:
-            is_folder = not shard_files.is_remote(pattern) and os.path.isdir(pattern)
-            opens.append(pattern.rstrip("/") + "/*.tar" if is_folder else pattern)
-    return sorted(found), opens
+        globs += [answered] if answered else []
+    return sorted(found), globs
 
 
 def _load(folder: str, paths: list[str]) -> FolderIndex:
@@ -470,10 +470,10 @@ def _load(folder: str, paths: list[str]) -> FolderIndex:
     return FolderIndex(place)
 
 
-def _vanished(index: FolderIndex, folder: str, paths: list[str], opens: list[str]) -> list[str]:
-    """Indexed shards that an open pattern asks for and that are not there any more."""
+def _vanished(index: FolderIndex, folder: str, paths: list[str], globs: list[str]) -> list[str]:
+    """Indexed shards that a glob asks for and that are not there any more."""
     missing = index.entries.keys() - {shard_files.split_folder(path)[1] for path in paths}
-    return sorted(name for name in missing if any(fnmatch(f"{folder}/{name}", pattern) for pattern in opens))
+    return sorted(name for name in missing if any(fnmatch(f"{folder}/{name}", pattern) for pattern in globs))
 
 
 def _stale(index: FolderIndex, paths: list[str]) -> list[str]:

@@ -13,8 +13,8 @@ import numpy as np
 
 from meru_fast.data import keyed
 
-BLOCK_SAMPLES = 64
-WINDOW_SAMPLES = 65536
+BLOCK_SAMPLES = 32
+WINDOW_SAMPLES = 131072
 
 
 class Picks(NamedTuple):

@@ -55,38 +55,35 @@ def _is_protocol(part: str) -> bool:
     return part in known_implementations
 
 
-def expand(pattern: str) -> tuple[list[str], bool]:
-    """Paths of one pattern, sorted, and whether it was open (a folder or a glob) rather than the name of one shard.
+def expand(pattern: str) -> tuple[list[str], str]:
+    """Paths of one pattern, sorted, and the glob they answer (empty for the name of one shard).
 
     Raises:
         DataError: nothing there.
     """
     if is_remote(pattern):
         return _expand_remote(pattern)
+    if os.path.isfile(pattern):
+        return [pattern], ""
     if os.path.isdir(pattern):
-        pattern = os.path.join(glob.escape(pattern.rstrip("/") or "/"), "*.tar")
-    elif not glob.has_magic(pattern) or os.path.isfile(pattern):
-        if not os.path.isfile(pattern):
-            raise DataError(f"no such shard: {pattern}")
-        return [pattern], False
-    return sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)), True
+        pattern = os.path.join(glob.escape(pattern), "*.tar")
+    elif not glob.has_magic(pattern):
+        raise DataError(f"no such shard: {pattern}")
+    return sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)), pattern
 
 
-def _expand_remote(pattern: str) -> tuple[list[str], bool]:
+def _expand_remote(pattern: str) -> tuple[list[str], str]:
     import fsspec
 
     fs, path = fsspec.core.url_to_fs(pattern)
-    if glob.has_magic(path):
-        found, is_open = fs.glob(path), True
-    elif fs.isdir(path):
-        found, is_open = fs.glob(path.rstrip("/") + "/*.tar"), True
-    elif fs.exists(path):
-        return [pattern], False
-    else:
-        raise DataError(f"no such shard: {pattern}")
-    prefix = pattern.rpartition("::")[0]
-    urls = [fs.unstrip_protocol(name) for name in sorted(found)]
-    return [f"{prefix}::{url}" if prefix else url for url in urls], is_open
+    if not glob.has_magic(path):
+        if fs.isfile(path):
+            return [pattern], ""
+        if not fs.isdir(path):
+            raise DataError(f"no such shard: {pattern}")
+        path = path.rstrip("/") + "/*.tar"
+    chain = "::".join([*pattern.split("::")[:-1], ""])
+    return [chain + fs.unstrip_protocol(name) for name in sorted(fs.glob(path))], chain + fs.unstrip_protocol(path)
 
 
 def signature(path: str) -> list[int | str]:
