@@ -124,19 +124,21 @@ class Engine:
             anywhere, the gradients of all ranks become NaN, so that all of them discard the step together, by the very
             check DeepSpeed makes on the gradient norm before an update; weights and optimiser stay untouched.
         """
-        self.model.train()
-        if self.accumulation == 1:
-            output, features = self.deepspeed("all", images, tokens)
-            finite = _all_finite(output["loss"], *features)
-            self.deepspeed.backward(output["loss"] * _poison(finite))
-            norm, applied = self._update()
-        else:
-            output, finite, norm, applied = self._accumulated_step(images, tokens)
-        if applied:
-            self.clamp_scalars()
+        output, finite = self.backward(images, tokens)
+        norm, applied = self.update()
         return StepResult(output["loss"].detach(), output["logging"], finite, norm, applied)
 
-    def _accumulated_step(self, images: Tensor, tokens: PackedTokens) -> tuple[dict[str, Any], Tensor, float, bool]:
+    def backward(self, images: Tensor, tokens: PackedTokens) -> tuple[dict[str, Any], Tensor]:
+        """Gradients of the whole batch's loss, averaged over ranks; returns the model's output and the finite flags."""
+        self.model.train()
+        if self.accumulation > 1:
+            return self._accumulated_backward(images, tokens)
+        output, features = self.deepspeed("all", images, tokens)
+        finite = _all_finite(output["loss"], *features)
+        self.deepspeed.backward(output["loss"] * _poison(finite))
+        return output, finite
+
+    def _accumulated_backward(self, images: Tensor, tokens: PackedTokens) -> tuple[dict[str, Any], Tensor]:
         """The gradient of the full batch with the activations of one micro-batch (the cache of GradCache).
 
         First all features without a graph, then the loss and its gradient at the features, then each micro-batch once
@@ -173,8 +175,7 @@ class Engine:
             if index < len(parts) - 1:
                 self.deepspeed.step()  # counts the micro-batch, updates nothing
         _set_random_state(after)
-        norm, applied = self._update()
-        return output, finite, norm, applied
+        return output, finite
 
     def _forward(self, what: str, *inputs: Any) -> Any:
         images, tokens = inputs
@@ -183,8 +184,14 @@ class Engine:
             return features
         return self.model.loss(*features), tuple(x.detach() for x in features)
 
-    def _update(self) -> tuple[float, bool]:
+    def update(self) -> tuple[float, bool]:
         """Run the optimiser unless the gradient is not finite; returns (gradient norm, whether it ran)."""
+        norm, applied = self._update()
+        if applied:
+            self.clamp_scalars()
+        return norm, applied
+
+    def _update(self) -> tuple[float, bool]:
         if hasattr(self.deepspeed.optimizer, "overflow"):  # ZeRO and fp16 optimisers check for themselves
             self.deepspeed.step()
             norm = self.deepspeed.get_global_grad_norm()

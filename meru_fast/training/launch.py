@@ -14,6 +14,9 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig
 
 DESCRIPTION = """\
 Train MERU or CLIP. One command, any number of processes:
@@ -76,7 +79,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run the trainer, or start the processes that do. Returns the exit status."""
     from meru_fast import config
-    from meru_fast.checkpoint import CheckpointError
     from meru_fast.training import deepspeed_config
 
     args = parse(argv)
@@ -91,11 +93,26 @@ def main(argv: list[str] | None = None) -> int:
         if place is None and max(args.num_gpus or 1, args.num_machines) > 1:
             return start_processes(args, sys.argv[1:] if argv is None else list(argv))
 
-        from meru_fast.training.loop import train
+        return run(cfg, args.output_dir, ds_config, args.resume, place or Place.alone())
+    except config.ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
-        with process_environment(place or Place.alone()):
-            return train(cfg, args.output_dir, ds_config=ds_config, resume=args.resume)
-    except (config.ConfigError, CheckpointError) as error:
+
+def run(cfg: DictConfig, output_dir: str, ds_config: dict[str, Any], resume: str | None, place: "Place") -> int:
+    """Train in this process; faults of the user's files and of the numbers become one line and an exit status."""
+    from meru_fast.checkpoint import CheckpointError
+    from meru_fast.data.errors import DataError
+    from meru_fast.training.guards import EXIT_NONFINITE, NonFiniteError
+    from meru_fast.training.loop import train
+
+    try:
+        with process_environment(place):
+            return train(cfg, output_dir, ds_config=ds_config, resume=resume)
+    except NonFiniteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_NONFINITE
+    except (CheckpointError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

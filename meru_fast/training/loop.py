@@ -87,8 +87,8 @@ def train(
         if get_world_size() > 1:  # alone, DeepSpeed's groups stay for the next run of this process
             dist.destroy_process_group()
         return status
-    except Exception:
-        log.exception("rank %d failed", int(os.environ["RANK"]))
+    except Exception as error:
+        log.debug("failed", exc_info=error)  # for the log file; the caller decides what the terminal sees
         raise
     finally:
         close_logging()
@@ -105,6 +105,8 @@ def optim_values(cfg: DictConfig) -> dict[str, Any]:
 
 def prepare_process(settings: TrainSettings, on_gpu: bool) -> torch.device:
     """Device, threads, seeds and process group."""
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed need not search, nor warn that it found none
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if on_gpu:
         torch.cuda.set_device(local_rank)

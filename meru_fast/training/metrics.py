@@ -27,15 +27,17 @@ def setup_logging(output_dir: Path, rank: int) -> logging.Handler:
     folder = output_dir / "logs"
     folder.mkdir(parents=True, exist_ok=True)
     file = logging.FileHandler(folder / f"rank{rank}.log", encoding="utf-8")
+    file.setLevel(logging.DEBUG)
     file.setFormatter(logging.Formatter(f"%(asctime)s rank{rank} %(levelname)s %(message)s"))
     ours = logging.getLogger("meru_fast")
-    ours.setLevel(logging.INFO)
+    ours.setLevel(logging.DEBUG)
     ours.propagate = False
     ours.handlers = [file]
     if rank == 0 and sys.stderr.isatty():
-        ours.addHandler(RichHandler(console=Console(stderr=True), show_path=False, rich_tracebacks=False))
+        ours.addHandler(RichHandler(logging.INFO, console=Console(stderr=True), show_path=False))
     elif rank == 0:
         plain = logging.StreamHandler(sys.stderr)
+        plain.setLevel(logging.INFO)
         plain.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
         ours.addHandler(plain)
     return file
