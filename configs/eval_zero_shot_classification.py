@@ -13,7 +13,7 @@ from meru_fast.evaluation.zeroshot import ZeroShotClassification
 evaluator = L(ZeroShotClassification)(
     datasets=names("classification"),
     data_dir="datasets/eval",
-    image_size=224,
+    image_size=None,  # what the model was built for
     resize="crop",
     batch_size=128,
     num_workers=None,
