@@ -135,9 +135,10 @@ def oxy_angle(x: Tensor, y: Tensor, curv: Scalar = 1.0, eps: float = 1e-8) -> Te
     direction = _divide(x, length)
     ru, rv = root * length, root * norm(y)
     scale = rv.detach().clamp(min=1)  # the angle depends on v through ratios only
-    w = (y - x) * (root / scale)  # the difference first: scaling rounds, and would tilt close pairs
-    ahead = (direction * w).sum(-1, keepdim=True)  # <direction, v> - r, without the cancellation
-    across = norm(w - ahead * direction)
+    w = y - x  # unscaled: scaling rounds, and would tilt close pairs
+    ahead = (direction * w).sum(-1, keepdim=True)  # <direction, y> - |x|, without the cancellation
+    across = norm(w - ahead * direction) * (root / scale)
+    ahead = ahead * (root / scale)
     return _exterior_angle(ru, ru / scale, ahead, across, _time(rv) / scale).squeeze(-1)
 
 
@@ -156,7 +157,7 @@ def pairwise_oxy_angle(x: Tensor, y: Tensor, curv: Scalar = 1.0, eps: float = 1e
     ru, rv = norm(u), norm(v).T
     along = _gram(_divide(u, ru), v)
     across_square, ahead = (rv - along) * (rv + along), along - ru
-    apart = across_square + ahead**2 > 16 * torch.finfo(u.dtype).eps * rv**2
+    apart = across_square + ahead**2 > 64 * torch.finfo(u.dtype).eps * rv**2
     across = _sqrt(torch.where(apart, across_square, 0.0))
     angle = _exterior_angle(ru, ru, torch.where(apart, ahead, 0.0), across, _time(rv))
     return angle.to(narrow.dtype)
@@ -258,7 +259,7 @@ def _pull_in(u: Tensor) -> tuple[Tensor, Tensor]:
 def _chord(x: Tensor, y: Tensor, root: Scalar) -> Tensor:
     """Lorentz chord ``|u - v|_L = 2 sinh(d / 2)``, [..., 1], without a difference of large numbers but ``x - y``.
 
-    ``x - y`` is split along and across ``x + y`` before the scaling by ``root``: that rounds, and would tilt close pairs.
+    ``x - y`` is split along and across ``x + y`` before scaling by ``root``: that rounds, and would tilt close pairs.
     """
     ru, rv = root * norm(x), root * norm(y)
     unit = 1 / torch.maximum(ru, rv).detach().clamp(min=1)  # keeps products of two large norms in range
