@@ -49,7 +49,7 @@ EXTRAS = {
         "psutil>=5.9",
     ],
     "peers": ["geoopt>=0.5,<0.6", "hypll>=0.1,<0.2", "inf-cl>=1.2,<2", "open_clip_torch>=3.3,<4"],
-    "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1,<2"],
+    "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1,<2", "latex2mathml>=3.77,<4"],
     "examples": ["accelerate>=1.9,<2", "open_clip_torch>=3.3,<4", "scikit-learn>=1.4,<2", "webdataset>=1.0,<2"],
     "test": [
         "pytest>=8,<10",

@@ -1,12 +1,24 @@
 """Shared fixtures. Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+from loopback_only import loopback_only
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel module is imported
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # for child processes, which `no_network` does not reach
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network() -> Iterator[None]:
+    """Tests connect to this machine only."""
+    with loopback_only():
+        yield
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
