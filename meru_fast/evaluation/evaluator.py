@@ -8,6 +8,7 @@ from torch import nn
 
 from meru_fast.evaluation import catalog
 from meru_fast.evaluation.features import Loading
+from meru_fast.evaluation.protocol import DatasetError
 from meru_fast.evaluation.sources import CaptionedImages, LabelledImages
 from meru_fast.evaluation.transforms import EvalTransform
 
@@ -18,7 +19,7 @@ class Evaluator:
     Args:
         datasets: catalog names, or mappings that describe own data (``meru_fast.evaluation.catalog.open_own``).
         data_dir: where the catalog's datasets lie, each in a folder of its name.
-        image_size: side of the square that the encoder takes, in pixels.
+        image_size: side of the square of pixels; None means what the model was built for.
         resize: "crop" (shorter side, then centre) or "squeeze" (both sides; changes the aspect ratio).
         batch_size: images encoded at once.
         num_workers: decoding threads; None means one for each core, 16 at most.
@@ -30,14 +31,19 @@ class Evaluator:
         self,
         datasets: Sequence[str | Mapping[str, Any]],
         data_dir: str = "datasets/eval",
-        image_size: int = 224,
+        image_size: int | None = None,
         resize: str = "crop",
         batch_size: int = 128,
         num_workers: int | None = None,
     ):
         self.entries = {catalog.name_of(entry): entry for entry in datasets}
+        if len(self.entries) < len(datasets):
+            raise DatasetError(
+                f"datasets must have distinct names, got {[catalog.name_of(entry) for entry in datasets]}"
+            )
         self.data_dir = Path(data_dir).expanduser()
-        self.transform = EvalTransform(image_size, resize)
+        self.image_size = image_size
+        self.resize = resize
         self.loading = Loading(batch_size, num_workers)
 
     @property
@@ -48,12 +54,16 @@ class Evaluator:
     @property
     def settings(self) -> str:
         """What decides the numbers besides weights and data, in one line."""
-        return repr(self.transform)
+        return f"{self.resize} {self.image_size or 'native'}"
 
     def provenance(self, name: str) -> str:
         """Whether the split of a dataset is the published one."""
         entry = self.entries[name]
         return catalog.status_of(name, self.data_dir).provenance if isinstance(entry, str) else "own data"
+
+    def transform(self, model: nn.Module) -> EvalTransform:
+        """The pixels that `model` takes."""
+        return EvalTransform(self.image_size or model.visual.patch_embed.img_size[0], self.resize)
 
     def open(self, name: str, part: str) -> LabelledImages | CaptionedImages:
         """The "train", "val" or "test" part of a dataset. Raises DatasetError."""

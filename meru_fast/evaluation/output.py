@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 COLUMNS = ("dataset", "model", "pretrained", "task", "language")
+COST = "lp_cost"  # the one metric that is no fraction
 SHORT = {
     "mean_per_class_recall": "macro",
-    "image_retrieval_recall": "text->image R",
-    "text_retrieval_recall": "image->text R",
+    "image_retrieval_recall": "T>I",
+    "text_retrieval_recall": "I>T",
 }
 
 
@@ -26,7 +27,7 @@ class Result:
     Attributes:
         model: architecture.
         pretrained: checkpoint.
-        metrics: fractions in [0, 1].
+        metrics: fractions in [0, 1], and for probes the chosen cost.
         provenance: whether the split is the published one.
         checkpoint_hash: ``fingerprint`` of the weights.
         settings: what else decides the numbers (resize, image size, ...), as one line.
@@ -81,11 +82,11 @@ def write_csv(results: Sequence[Result], path: Path) -> None:
 
 
 def print_table(results: Iterable[Result], console: Console) -> None:
-    """One table a task: a row for each checkpoint and dataset, scores in percent."""
+    """One table a task: a row for each checkpoint and dataset, scores in percent (T>I@5: recall@5 of images)."""
     results = list(results)
     for task in dict.fromkeys(result.task for result in results):
         of_task = [result for result in results if result.task == task]
-        metrics = list(dict.fromkeys(metric for result in of_task for metric in result.metrics))
+        metrics = list(dict.fromkeys(metric for result in of_task for metric in result.metrics if metric != COST))
         table = Table(title=f"{task} (%)")
         for column in ("checkpoint", "dataset"):
             table.add_column(column)

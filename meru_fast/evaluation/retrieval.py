@@ -54,7 +54,7 @@ class ZeroShotRetrieval(Evaluator):
         if not pairs:
             raise DatasetError(f"{name}: no image has a caption")
         texts = text_features(model, captions, f"{name}: captions")
-        images = image_features(model, dataset.samples, self.transform, self.loading, name).features
+        images = image_features(model, dataset.samples, self.transform(model), self.loading, name).features
         image_to_text = torch.tensor(pairs, device=images.device)
         scores = {}
         for direction, queries, gallery, matches in (

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -44,14 +43,6 @@ examples:
 """
 
 
-class Loaded(NamedTuple):
-    """A checkpoint as a model; `title` says which architecture and `note` where that came from."""
-
-    model: nn.Module
-    title: str
-    note: str
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and evaluate. Exits with 1 if no dataset could be evaluated."""
     args = parse(argv)
@@ -76,9 +67,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add(
-        "--config", required=True, help="a config file with an `evaluator`: configs/eval_*.py"
-    )
+    add("--config", required=True, help="a config file with an `evaluator`: configs/eval_*.py")
     add("--checkpoint-path", required=True, action="append", help="what to load; give it several times for several")
     add(
         "--train-config",
@@ -120,38 +109,50 @@ def run(args: argparse.Namespace, device: torch.device, console: Console) -> lis
     evaluator: Evaluator = config.instantiate(config.load(args.config, args.overrides).evaluator)
     results = []
     for path, train_config in zip(args.checkpoint_path, args.train_config, strict=True):
-        loaded = load_model(path, train_config, device)
-        console.print(f"[bold]{path}[/bold]: {loaded.title}{loaded.note}", highlight=False)
-        results += evaluate_checkpoint(evaluator, loaded, path, args, console)
+        model, title, origin = load_model(path, train_config)
+        console.print(f"[bold]{path}[/bold]: {title} ({origin})", soft_wrap=True, highlight=False)
+        results += evaluate_checkpoint(evaluator, model.to(device), title, path, args, console)
     if results and is_main_process():
         output.print_table(results, console)
         output.write_csv(results, args.output_dir / f"{evaluator.task}.csv")
-        console.print(f"JSON and CSV are in {args.output_dir}", highlight=False)
+        console.print(f"JSON and CSV are in {args.output_dir}", soft_wrap=True, highlight=False)
     return results
 
 
+def load_model(path: str, train_config: str | None) -> tuple[nn.Module, str, str]:
+    """The model of a checkpoint, one line about its architecture, and where that architecture was learned from."""
+    given = config.load(train_config).model if train_config else None
+    model, info = checkpoint.load_model(path, given)
+    if given is not None:
+        return model, checkpoint.describe(given), f"architecture of {train_config}"
+    if info.model is not None:
+        return model, checkpoint.describe(info.model), "architecture recorded with the checkpoint"
+    guessed = checkpoint.guess_model(model.state_dict())
+    return model, checkpoint.describe(guessed), "architecture guessed from the shapes of the weights"
+
+
 def evaluate_checkpoint(
-    evaluator: Evaluator, loaded: Loaded, pretrained: str, args: argparse.Namespace, console: Console
+    evaluator: Evaluator, model: nn.Module, title: str, pretrained: str, args: argparse.Namespace, console: Console
 ) -> list[Result]:
     """One checkpoint on all datasets; a dataset that cannot be read is reported and passed over."""
-    weights = fingerprint(loaded.model)
+    weights = fingerprint(model)
     results = []
     for name in evaluator.names:
         path = output.result_path(args.output_dir, pretrained, name, evaluator.task)
         former = broadcast_object(output.read_json(path) if args.skip_existing else None)
         if former and (former.checkpoint_hash, former.settings) == (weights, evaluator.settings):
-            console.print(f"  {name}: kept from {path}", highlight=False)
+            console.print(f"  {name}: kept from {path}", soft_wrap=True, highlight=False)
             results.append(former)
             continue
         began = time.perf_counter()
         try:
-            metrics = evaluator.evaluate(loaded.model, name)
+            metrics = evaluator.evaluate(model, name)
         except DatasetError as error:
-            console.print(f"  [yellow]{name}: not evaluated.[/yellow] {error}", highlight=False, markup=True)
+            console.print(f"  [yellow]{name}: not evaluated.[/yellow] {error}", soft_wrap=True, highlight=False)
             continue
         result = Result(
             dataset=name,
-            model=loaded.title,
+            model=title,
             pretrained=pretrained,
             task=evaluator.task,
             metrics=metrics,
@@ -161,6 +162,6 @@ def evaluate_checkpoint(
         )
         if is_main_process():
             output.write_json(result, path)
-        console.print(f"  {name}: {time.perf_counter() - began:.1f} s", highlight=False)
+        console.print(f"  {name}: {time.perf_counter() - began:.1f} s", soft_wrap=True, highlight=False)
         results.append(result)
     return results

@@ -34,6 +34,6 @@ class ZeroShotClassification(Evaluator):
         if not isinstance(dataset, LabelledImages):
             raise DatasetError(f"{name}: has captions and no labels, use the retrieval config")
         classes = class_embeddings(model, list(dataset.class_names), list(dataset.prompts), f"{name}: prompts")
-        images, labels = image_features(model, dataset.samples, self.transform, self.loading, name)
+        images, labels = image_features(model, dataset.samples, self.transform(model), self.loading, name)
         ranked = nearest(model, images, classes, min(5, len(classes)))
         return accuracies(ranked, labels, len(classes))
