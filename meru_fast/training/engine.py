@@ -81,9 +81,9 @@ class Engine:
         setattr(
             model, UNIVERSAL_CHECKPOINT_INFO, {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}
         )
-        # ZeRO stage 3 fetches parameters in hooks around the root module's forward, so that every part of a step,
-        # encoding alone included, has to go through it.
-        model.forward = self._forward
+        # ZeRO stage 3 fetches parameters in hooks around the root module's forward, and releases them after it.
+        # So every part of a step has to run inside one: self.deepspeed(part, *inputs).
+        model.forward = lambda part, *inputs: part(*inputs)
         own_optimizer = None if "optimizer" in config else _host_optimizer(optimizer, config)
         own_scheduler = None if "scheduler" in config else scheduler
         self.deepspeed, self.optimizer, _, self.scheduler = deepspeed.initialize(
@@ -133,7 +133,7 @@ class Engine:
         self.model.train()
         if self.accumulation > 1:
             return self._accumulated_backward(images, tokens)
-        output, features = self.deepspeed("all", images, tokens)
+        output, features = self.deepspeed(self._whole, images, tokens)
         finite = _all_finite(output["loss"], *features)
         self.deepspeed.backward(output["loss"] * _poison(finite))
         return output, finite
@@ -147,42 +147,54 @@ class Engine:
         """
         size = -(-len(images) // self.accumulation)
         parts = [slice(start, start + size) for start in range(0, len(images), size)]
-        random_states = []
+        random_states, cached = [], []
         with torch.no_grad():
-            cached = []
             for part in parts:
                 random_states.append(_random_state())
-                cached.append(self.deepspeed("encode", images[part], tokens[part]))
-        features = [torch.cat(side).detach().requires_grad_() for side in zip(*cached, strict=True)]
-        scalars = [p for p in self.model.parameters(recurse=False) if p.requires_grad]
-        with torch.enable_grad():
-            output = self.model.loss(*features)
-        finite = _all_finite(output["loss"], *features)
-        loss = output["loss"] * _poison(finite)
-        gradients = torch.autograd.grad(loss, [*features, *scalars], allow_unused=True)
-        feature_gradients, scalar_gradients = gradients[:2], gradients[2:]
-
+                cached.append(self.deepspeed(self._encode, images[part], tokens[part]))
+            features = [torch.cat(side) for side in zip(*cached, strict=True)]
+            output, finite, feature_gradients, scalar_gradients = self.deepspeed(self._cached_gradients, *features)
         after = _random_state()
         for index, part in enumerate(parts):
             _set_random_state(random_states[index])
-            encoded = self.deepspeed("encode", images[part], tokens[part])
-            surrogate = sum((x.float() * g[part]).sum() for x, g in zip(encoded, feature_gradients, strict=True))
-            # Every backward pass reaches every parameter; the scalars' gradient is counted in the last one only.
-            for scalar, gradient in zip(scalars, scalar_gradients, strict=True):
-                last = gradient is not None and index == len(parts) - 1
-                surrogate = surrogate + (scalar.float() * (gradient if last else torch.zeros_like(scalar))).sum()
-            self.deepspeed.backward(surrogate, scale_wrt_gas=False)
-            if index < len(parts) - 1:
+            last = index == len(parts) - 1
+            # Every backward pass reaches every parameter; the scalars' gradient counts in the last one only.
+            scalars = scalar_gradients if last else [torch.zeros_like(g) for g in scalar_gradients]
+            gradients = [g[part] for g in feature_gradients]
+            surrogate = self.deepspeed(self._surrogate, images[part], tokens[part], gradients, scalars)
+            self.deepspeed.backward(surrogate * _poison(finite), scale_wrt_gas=False)
+            if not last:
                 self.deepspeed.step()  # counts the micro-batch, updates nothing
         _set_random_state(after)
         return output, finite
 
-    def _forward(self, what: str, *inputs: Any) -> Any:
-        images, tokens = inputs
-        features = self.model.encode_image(images, project=False), self.model.encode_text(tokens, project=False)
-        if what == "encode":
-            return features
-        return self.model.loss(*features), tuple(x.detach() for x in features)
+    def _encode(self, images: Tensor, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
+        return self.model.encode_image(images, project=False), self.model.encode_text(tokens, project=False)
+
+    def _whole(self, images: Tensor, tokens: PackedTokens) -> tuple[dict[str, Any], list[Tensor]]:
+        features = self._encode(images, tokens)
+        return self.model.loss(*features), [x.detach() for x in features]
+
+    def _cached_gradients(self, *features: Tensor) -> tuple[dict[str, Any], Tensor, list[Tensor], list[Tensor]]:
+        """Loss of the whole batch, finite flags, and the loss's gradients at the features and the scalars."""
+        scalars = self._scalars()
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in features]
+            output = self.model.loss(*leaves)
+            finite = _all_finite(output["loss"], *leaves)
+            gradients = torch.autograd.grad(output["loss"], [*leaves, *scalars], materialize_grads=True)
+        output["loss"] = output["loss"].detach()
+        return output, finite, list(gradients[: len(leaves)]), list(gradients[len(leaves) :])
+
+    def _surrogate(
+        self, images: Tensor, tokens: PackedTokens, feature_gradients: list[Tensor], scalar_gradients: list[Tensor]
+    ) -> Tensor:
+        """A loss whose gradient at the towers is what the cached gradients at their features imply."""
+        left = [*(x.float() for x in self._encode(images, tokens)), *self._scalars()]
+        return sum((x * g).sum() for x, g in zip(left, [*feature_gradients, *scalar_gradients], strict=True))
+
+    def _scalars(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters(recurse=False) if p.requires_grad]
 
     def update(self) -> tuple[float, bool]:
         """Run the optimiser unless the gradient is not finite; returns (gradient norm, whether it ran)."""

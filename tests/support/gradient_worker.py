@@ -6,6 +6,7 @@ Rank 0 writes to OUT, for every case, the gradients that all ranks together hand
 import sys
 
 import torch
+from training_runs import TINY
 
 from meru_fast import config
 from meru_fast.distributed import get_rank, get_world_size
@@ -15,7 +16,6 @@ from meru_fast.training.engine import Engine
 from meru_fast.training.loop import prepare_process
 from meru_fast.training.optim import LinearWarmupCosineDecayLR, build_optimizer
 from meru_fast.training.settings import TrainSettings
-from training_runs import TINY
 
 BATCH = 8
 
