@@ -19,8 +19,8 @@ from .geometry import TINY, arcosh1p, asinh, chord, hypot, row_norm, shifted_tim
 
 TILE = 2048  # elements of one operand that a program of the row kernels holds
 WARPS = 4
+FAR = tl.constexpr(2.0**60)  # rows beyond are pulled back here, the logarithm of the factor is added to their distances
 PAIR_BLOCKS = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8}
-FAR_NORM = tl.constexpr(2.0**60)  # rows beyond are pulled back here, their distance is added as a logarithm
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def gram_tile(
     x_ptr, y_ptr, row, column, m, n, D, x_stride, y_stride, x_factor, y_factor,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``(x_factor x) @ (y_factor y)^T`` for the given rows, fp32-faithful."""
+    """``(x_factor x) @ (y_factor y)^T`` for the given rows, fp32-faithful; a factor per row."""
     k = tl.arange(0, BLOCK_K)
     total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for start in range(0, D, BLOCK_K):
@@ -75,8 +75,8 @@ def pairwise_kernel(
     root = tl.sqrt_rn(curv)
     rx = root * tl.load(rx_ptr + row, mask=row < m, other=0.0)
     ry = root * tl.load(ry_ptr + column, mask=column < n, other=0.0)
-    far_x = tl.maximum(rx / FAR_NORM, 1.0)
-    far_y = tl.maximum(ry / FAR_NORM, 1.0)
+    far_x = tl.maximum(rx / FAR, 1.0)
+    far_y = tl.maximum(ry / FAR, 1.0)
     inner = gram_tile(
         x_ptr, y_ptr, row, column, m, n, D, x_stride, y_stride, root / far_x, root / far_y, BLOCK_M, BLOCK_N, BLOCK_K
     )

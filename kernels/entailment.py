@@ -54,9 +54,7 @@ def exterior_angle(x, y, root):
     scale = tl.maximum(rv, 1.0)  # v enters through ratios only
     w = y - x
     ahead = tl.sum(direction * w, axis=1)
-    aside = (
-        w - (ahead * safe_inverse(length))[:, None] * x
-    )  # one rounding with FMA: nearly parallel rows keep their side
+    aside = w - (ahead * safe_inverse(length))[:, None] * x  # with FMA near-parallel rows keep their side
     ahead *= root / scale
     width = row_norm(aside)
     across = width * (root / scale)

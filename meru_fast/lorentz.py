@@ -51,13 +51,13 @@ def pairwise_inner(x: Tensor, y: Tensor, curv: Scalar = 1.0) -> Tensor:
     """
     check_pairwise(x, y)
     root, x, y = _prepare(curv, x, y)
-    return _gram(x, y) - _time(norm(x), 1 / root) * _time(norm(y), 1 / root).T
+    return gram(x, y) - time(norm(x), 1 / root) * time(norm(y), 1 / root).T
 
 
 def elementwise_inner(x: Tensor, y: Tensor, curv: Scalar = 1.0) -> Tensor:
     """Lorentz inner product of given pairs: [..., D], [..., D] (broadcast) -> [...]."""
     root, x, y = _prepare(curv, x, y)
-    return (x * y).sum(-1) - (_time(norm(x), 1 / root) * _time(norm(y), 1 / root)).squeeze(-1)
+    return (x * y).sum(-1) - (time(norm(x), 1 / root) * time(norm(y), 1 / root)).squeeze(-1)
 
 
 def pairwise_dist(x: Tensor, y: Tensor, curv: Scalar = 1.0, eps: float = 1e-8) -> Tensor:
@@ -69,8 +69,8 @@ def pairwise_dist(x: Tensor, y: Tensor, curv: Scalar = 1.0, eps: float = 1e-8) -
     check_pairwise(x, y)
     root, u, v = _unit(curv, x, y)
     (u, u_extra), (v, v_extra) = _pull_in(u), _pull_in(v)
-    xu, xv = _shifted_time(norm(u)), _shifted_time(norm(v)).T
-    delta = xu + xv + xu * xv - _gram(u, v)
+    xu, xv = shifted_time(norm(u)), shifted_time(norm(v)).T
+    delta = xu + xv + xu * xv - gram(u, v)
     apart = delta > 0
     delta = torch.where(apart, delta, 1.0)
     arc = torch.log1p(delta + delta.sqrt() * (delta + 2).sqrt())  # acosh(1 + delta)
@@ -139,7 +139,7 @@ def oxy_angle(x: Tensor, y: Tensor, curv: Scalar = 1.0, eps: float = 1e-8) -> Te
     ahead = (direction * w).sum(-1, keepdim=True)  # <direction, y> - |x|, without the cancellation
     across = norm(w - ahead * direction) * (root / scale)
     ahead = ahead * (root / scale)
-    return _exterior_angle(ru, ru / scale, ahead, across, _time(rv) / scale).squeeze(-1)
+    return _exterior_angle(ru, ru / scale, ahead, across, time(rv) / scale).squeeze(-1)
 
 
 def pairwise_oxy_angle(x: Tensor, y: Tensor, curv: Scalar = 1.0, eps: float = 1e-8) -> Tensor:
@@ -155,11 +155,11 @@ def pairwise_oxy_angle(x: Tensor, y: Tensor, curv: Scalar = 1.0, eps: float = 1e
         x, y = x.double(), y.double()
     _, u, v = _unit(curv, x, y)
     ru, rv = norm(u), norm(v).T
-    along = _gram(_divide(u, ru), v)
+    along = gram(_divide(u, ru), v)
     across_square, ahead = (rv - along) * (rv + along), along - ru
     apart = across_square + ahead**2 > 64 * torch.finfo(u.dtype).eps * rv**2
     across = _sqrt(torch.where(apart, across_square, 0.0))
-    angle = _exterior_angle(ru, ru, torch.where(apart, ahead, 0.0), across, _time(rv))
+    angle = _exterior_angle(ru, ru, torch.where(apart, ahead, 0.0), across, time(rv))
     return angle.to(narrow.dtype)
 
 
@@ -216,19 +216,19 @@ def norm(u: Tensor) -> Tensor:
     return peak * torch.linalg.vector_norm(u / peak, dim=-1, keepdim=True)
 
 
-def _gram(u: Tensor, v: Tensor) -> Tensor:
+def gram(u: Tensor, v: Tensor) -> Tensor:
     with torch.autocast(u.device.type, enabled=False):  # autocast would take the product in 16 bits
         return u @ v.T
 
 
-def _time(r: Tensor, rest: Scalar = 1.0) -> Tensor:
+def time(r: Tensor, rest: Scalar = 1.0) -> Tensor:
     """``sqrt(rest^2 + r^2)``."""
     return torch.hypot(r, rest if isinstance(rest, Tensor) else torch.full_like(r, rest))
 
 
-def _shifted_time(r: Tensor) -> Tensor:
+def shifted_time(r: Tensor) -> Tensor:
     """``sqrt(1 + r^2) - 1``."""
-    return r * (r / (1 + _time(r)))
+    return r * (r / (1 + time(r)))
 
 
 def _sqrt(z: Tensor) -> Tensor:
@@ -263,7 +263,7 @@ def _chord(x: Tensor, y: Tensor, root: Scalar) -> Tensor:
     """
     ru, rv = root * norm(x), root * norm(y)
     unit = 1 / torch.maximum(ru, rv).detach().clamp(min=1)  # keeps products of two large norms in range
-    u_time, v_time = unit * _time(ru), unit * _time(rv)
+    u_time, v_time = unit * time(ru), unit * time(rv)
     inner = ((root * unit * x) * (root * unit * y)).sum(-1, keepdim=True)
     acute = inner > -(unit**2)
 
@@ -277,7 +277,7 @@ def _chord(x: Tensor, y: Tensor, root: Scalar) -> Tensor:
     zero = (a == 0) & (b == 0)
     acute_chord = torch.where(zero, 0.0, torch.hypot(torch.where(zero, 1.0, a), b))
 
-    xu, xv = unit * _shifted_time(ru), unit * _shifted_time(rv)
+    xu, xv = unit * shifted_time(ru), unit * shifted_time(rv)
     obtuse_chord = _sqrt(2 * ((xu + xv) * unit + xu * xv - torch.where(acute, 0.0, inner))) / unit
     return torch.where(acute, acute_chord, obtuse_chord)
 
@@ -289,7 +289,7 @@ def _exterior_angle(ru: Tensor, near: Tensor, ahead: Tensor, across: Tensor, v_t
     ``v_time`` and u itself lies at ``near``. The tangent at u towards v has the components ``across`` and
     ``u_time along - r v_time``; the latter is rewritten where it would cancel.
     """
-    u_time, along = _time(ru), near + ahead
+    u_time, along = time(ru), near + ahead
     acute = along > 0
     total = torch.where(acute, u_time * along + ru * v_time, 1.0)
     rise = ahead * ((along + near) / total) - (ru * across) * (ru * across / total)

@@ -3,23 +3,41 @@
 The functions of ``meru_fast.lorentz`` under the same names, plus the losses and the streaming top-k.
 """
 
-import importlib
-from typing import Any
+from meru_fast.ops.backend import BackendError, active_backend, backend_report, set_backend, use_backend
+from meru_fast.ops.distance import elementwise_dist, elementwise_inner, pairwise_dist, pairwise_inner
+from meru_fast.ops.entailment import entailment_loss, half_aperture, oxy_angle, pairwise_oxy_angle
+from meru_fast.ops.exp_map import exp_map0, log_map0
+from meru_fast.ops.topk import topk
 
-_MODULES = {
-    "backend": ("BackendError", "active_backend", "backend_report", "set_backend", "use_backend"),
-    "contrastive": ("contrastive_loss",),
-    "distance": ("elementwise_dist", "elementwise_inner", "pairwise_dist", "pairwise_inner"),
-    "entailment": ("entailment_loss", "half_aperture", "oxy_angle", "pairwise_oxy_angle"),
-    "exp_map": ("exp_map0", "log_map0"),
-    "meru": ("meru_loss",),
-    "topk": ("topk",),
-}
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
-__all__ = sorted(_HOME)
+__all__ = [
+    "BackendError",
+    "active_backend",
+    "backend_report",
+    "contrastive_loss",
+    "elementwise_dist",
+    "elementwise_inner",
+    "entailment_loss",
+    "exp_map0",
+    "half_aperture",
+    "log_map0",
+    "meru_loss",
+    "oxy_angle",
+    "pairwise_dist",
+    "pairwise_inner",
+    "pairwise_oxy_angle",
+    "set_backend",
+    "topk",
+    "use_backend",
+]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+def __getattr__(name: str):
+    if name == "contrastive_loss":
+        from meru_fast.ops.contrastive import contrastive_loss
+
+        return contrastive_loss
+    if name == "meru_loss":
+        from meru_fast.ops.meru import meru_loss
+
+        return meru_loss
+    raise AttributeError(name)

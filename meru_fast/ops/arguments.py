@@ -16,7 +16,8 @@ def scalar(name: str, value: Scalar, like: Tensor) -> Tensor:
         return value.reshape(()).to(like.device, non_blocking=True)
     if not value > 0:
         raise ValueError(f"{name} must be positive, got {value}")
-    return torch.full((), value, dtype=torch.float32, device=like.device)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return torch.full((), value, dtype=dtype, device=like.device)
 
 
 def rows(x: Tensor) -> Tensor:
