@@ -5,9 +5,11 @@ accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py
 
 import torch
 from accelerate import Accelerator
-from plain_pytorch import Encoders, caption, dataset, report
+from plain_pytorch import Encoders
+from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, TensorDataset
 
+from meru_fast import ops
 from meru_fast.distributed import scale_gradient
 
 GLOBAL_BATCH = 128
@@ -17,27 +19,34 @@ def main(epochs: int = 20) -> None:
     torch.manual_seed(0)
     accelerator = Accelerator()
     processes = accelerator.num_processes
-    pixels, labels = dataset()
-    data = TensorDataset(pixels[:1400], labels[:1400])
-    model = Encoders()
-    batches = DataLoader(data, GLOBAL_BATCH // processes, shuffle=True, drop_last=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    prepared, optimizer, batches = accelerator.prepare(model, optimizer, batches)
     group = torch.distributed.group.WORLD if processes > 1 else None
 
+    digits = load_digits()
+    data = TensorDataset(torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target))
+    training, held_out = data[:1400], data[1400:]
+    model = Encoders()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    batches = DataLoader(TensorDataset(*training), GLOBAL_BATCH // processes, shuffle=True, drop_last=True)
+    towers, optimizer, batches = accelerator.prepare(model, optimizer, batches)
+
     for epoch in range(epochs):
-        for images, targets in batches:
-            image, text = prepared(images, [caption(label) for label in targets.tolist()])
-            # The loss is global and so are its gradients; what DDP averages has to be a sum.
+        for pixels, labels in batches:
+            image, text = towers(pixels, labels)
+            # Gradients of the global loss are complete; DDP averages over ranks what has to be a sum.
             image, text = scale_gradient(image, processes), scale_gradient(text, processes)
-            loss = model.loss(image, text, group)
+            loss, _, _ = ops.meru_loss(image, text, *model.scalars(), entail_weight=0.2, group=group)
             optimizer.zero_grad()
             accelerator.backward(loss)
             optimizer.step()
         if epoch % 5 == 4:
             accelerator.print(f"epoch {epoch + 1:2d}  loss {loss.item():.3f}")
-    if accelerator.is_main_process:
-        report(model, pixels[1400:], labels[1400:])
+
+    with torch.no_grad():
+        image, text = model(held_out[0], torch.arange(10))
+        image_alpha, text_alpha, curv, _ = model.scalars()
+        image, text = ops.exp_map0(image, curv, scale=image_alpha), ops.exp_map0(text, curv, scale=text_alpha)
+        accuracy = (ops.pairwise_inner(image, text, curv).argmax(1) == held_out[1]).float().mean()
+    accelerator.print(f"zero-shot accuracy {accuracy:.1%}")
     accelerator.end_training()
 
 

@@ -6,7 +6,8 @@ python examples/open_clip_loss.py
 import open_clip
 import torch
 from open_clip.loss import ClipLoss
-from plain_pytorch import NAMES, dataset
+from plain_pytorch import NAMES
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -14,7 +15,7 @@ from meru_fast import ops
 
 
 class FusedClipLoss(nn.Module):
-    """Takes ClipLoss's place in open_clip's training loop; under DDP also gathers, computing each block once."""
+    """Takes ClipLoss's place in open_clip's training loop."""
 
     def forward(
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, output_dict: bool = False
@@ -32,8 +33,9 @@ def tiny_clip() -> open_clip.CLIP:
 
 def main(steps: int = 60) -> None:
     torch.manual_seed(0)
-    pixels, labels = dataset()
-    images = interpolate(pixels.view(-1, 1, 8, 8), size=32).expand(-1, 3, -1, -1)
+    digits = load_digits()
+    labels = torch.tensor(digits.target)
+    images = interpolate(torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16, size=32).expand(-1, 3, -1, -1)
     captions = open_clip.SimpleTokenizer(context_length=8)([f"the digit {name}" for name in NAMES])
     model, fused, theirs = tiny_clip(), FusedClipLoss(), ClipLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

@@ -31,7 +31,7 @@ def main() -> None:
     with torch.inference_mode():
         labels = class_embeddings(model, args.labels, args.prompts)
         scores = model.similarity(model.encode_image(images), labels)
-    shares = (scores * model.scalar("logit_scale")).softmax(-1)
+        shares = (scores * model.scalar("logit_scale")).softmax(-1)
     for photo, share in zip(args.photos, shares, strict=True):
         order = share.argsort(descending=True)[:3].tolist()
         print(f"{photo}: " + ", ".join(f"{args.labels[i]} ({share[i]:.0%})" for i in order))
