@@ -265,6 +265,8 @@ class Run:
             if not result.applied:
                 rolled_back = self._discarded_step(result, batch)
                 if rolled_back:
+                    if is_main_process():
+                        metrics.rewind(self.step)
                     batches = iter(self.loader)
                     continue
             elif self.average is not None:

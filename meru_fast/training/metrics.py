@@ -56,10 +56,14 @@ class CsvLog:
     def __init__(self, path: Path, resumed_at: int = 0):
         self.path = path
         self.columns: list[str] = []
-        if path.is_file():
-            with path.open(newline="", encoding="utf-8") as file:
+        self.cut(resumed_at)
+
+    def cut(self, step: int) -> None:
+        """Forget the rows after `step`."""
+        if self.path.is_file():
+            with self.path.open(newline="", encoding="utf-8") as file:
                 reader = csv.DictReader(file)
-                rows = [row for row in reader if (row.get("step") or "").isdigit() and int(row["step"]) <= resumed_at]
+                rows = [row for row in reader if (row.get("step") or "").isdigit() and int(row["step"]) <= step]
                 self.columns = list(reader.fieldnames or [])
             self._rewrite(rows)
 
@@ -97,14 +101,23 @@ class Metrics:
     """
 
     def __init__(self, output_dir: Path, resumed_at: int, wandb_project: str | None = None, config: Any = None):
-        from torch.utils.tensorboard import SummaryWriter
-
+        self.output_dir = output_dir
         self.steps = CsvLog(output_dir / "metrics.csv", resumed_at)
         self.evaluations = CsvLog(output_dir / "evaluation.csv", resumed_at)
-        self.tensorboard = SummaryWriter(
-            str(output_dir / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None
-        )
+        self.tensorboard = self._tensorboard(resumed_at)
         self.wandb = _start_wandb(wandb_project, output_dir, config) if wandb_project else None
+
+    def rewind(self, step: int) -> None:
+        """The run went back to `step`: forget what came after."""
+        self.steps.cut(step)
+        self.evaluations.cut(step)
+        self.tensorboard.close()
+        self.tensorboard = self._tensorboard(step)
+
+    def _tensorboard(self, resumed_at: int) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self.output_dir / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None)
 
     def log_step(self, row: Mapping[str, Any]) -> None:
         """One row of metrics.csv; "step" is the x axis of the other writers."""

@@ -1,23 +1,36 @@
 """Small training runs, in this process or as real processes, and what they left behind."""
 
+import contextlib
 import csv
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
 
+from meru_fast import config
+from meru_fast.training import launch, train
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "tests" / "training" / "tiny_meru.py"
+FAULTY = ROOT / "tests" / "training" / "faulty_meru.py"
 
 
-def command(output_dir: Path, *arguments: str, processes: int = 1) -> list[str]:
+def run_here(output_dir: Path, *overrides: str, resume: str | None = None, config_file: Path = TINY, **options) -> int:
+    """The whole trainer in this process."""
+    with launch.process_environment(launch.Place.alone()):
+        return train(config.load(config_file, overrides), str(output_dir), resume=resume, **options)
+
+
+def command(output_dir: Path, *arguments: str, processes: int = 1, config_file: Path = TINY) -> list[str]:
     """The training command of a user, for the tiny config."""
     several = ["--num-gpus", str(processes)] if processes > 1 else []
     return [
-        *(sys.executable, "-m", "meru_fast.training", "--config", str(TINY), "--output-dir", str(output_dir)),
+        *(sys.executable, "-m", "meru_fast.training", "--config", str(config_file), "--output-dir", str(output_dir)),
         *several,
         *arguments,
     ]
@@ -25,18 +38,26 @@ def command(output_dir: Path, *arguments: str, processes: int = 1) -> list[str]:
 
 def environment(**extra: str) -> dict[str, str]:
     ours = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return ours | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | extra
+    paths = os.pathsep.join(filter(None, [str(Path(__file__).parent), ours.get("PYTHONPATH")]))
+    return ours | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": paths} | extra
 
 
-def run(output_dir: Path, *arguments: str, processes: int = 1, status: int = 0, timeout: float = 240) -> str:
+def run(
+    output_dir: Path,
+    *arguments: str,
+    processes: int = 1,
+    status: int = 0,
+    timeout: float = 240,
+    config_file: Path = TINY,
+) -> str:
     """Run to the end, check the exit status, return everything it printed."""
     done = subprocess.run(
-        command(output_dir, *arguments, processes=processes),
+        command(output_dir, *arguments, processes=processes, config_file=config_file),
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=timeout,
+        timeout=240,
         check=False,
     )
     assert done.returncode == status, done.stdout[-4000:]
@@ -92,3 +113,37 @@ def forget_after(output_dir: Path, step: int) -> None:
         if int(folder.name[5:]) > step:
             shutil.rmtree(folder)
     (output_dir / "checkpoints" / "latest").write_text(f"step_{step:08d}")
+
+
+def start(output_dir: Path, *arguments: str, processes: int = 1) -> subprocess.Popen:
+    """A run in the background, in a process group of its own."""
+    return subprocess.Popen(
+        command(output_dir, *arguments, processes=processes),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_step(running: subprocess.Popen, output_dir: Path, step: int, timeout: float = 200) -> None:
+    """Until metrics.csv holds `step`. Fails if the run ends before."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if (output_dir / "metrics.csv").is_file() and any(int(row["step"]) >= step for row in metrics(output_dir)):
+            return
+        if running.poll() is not None:
+            raise AssertionError(
+                f"ended with {running.returncode} before step {step}:\n{running.stdout.read()[-4000:]}"
+            )
+        time.sleep(0.02)
+    kill_all(running)
+    raise AssertionError(f"step {step} not reached in {timeout} s")
+
+
+def kill_all(running: subprocess.Popen) -> None:
+    """SIGKILL to the launcher and all ranks at once, as when a machine dies."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(running.pid, signal.SIGKILL)
+    running.wait(timeout=30)

@@ -1,6 +1,5 @@
 """The loss is averaged once: what reaches the optimiser is the single-process gradient of the joined batch."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,13 +27,10 @@ def reference() -> dict[str, torch.Tensor]:
 
 def run_ranks(out: Path, world_size: int, *cases: str) -> dict[str, dict[str, torch.Tensor]]:
     port = launch.free_port()
-    paths = os.pathsep.join([str(Path(gradient_worker.__file__).parent), *sys.path])
     ranks = [
         subprocess.Popen(
             [sys.executable, gradient_worker.__file__, str(out), *cases],
-            env=environment(
-                PYTHONPATH=paths, **launch.Place(rank, world_size, rank, world_size, "127.0.0.1", port).variables()
-            ),
+            env=environment(**launch.Place(rank, world_size, rank, world_size, "127.0.0.1", port).variables()),
         )
         for rank in range(world_size)
     ]

@@ -1,19 +1,9 @@
 """Resuming: n steps at once are bit-equal to k steps, a crash, and n - k steps."""
 
 import shutil
-from pathlib import Path
 
 import pytest
-from training_runs import TINY, assert_same_state, forget_after, history
-
-from meru_fast import config
-from meru_fast.training import launch, train
-
-
-def run_here(output_dir: Path, *overrides: str, resume: str | None = None) -> int:
-    """The whole trainer in this process."""
-    with launch.process_environment(launch.Place.alone()):
-        return train(config.load(TINY, overrides), str(output_dir), resume=resume)
+from training_runs import assert_same_state, forget_after, history, run_here
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -25,3 +15,9 @@ def test_resume_is_bit_exact(tmp_path, stage):
     assert run_here(tmp_path / "resumed", *overrides, resume="latest") == 0
     assert history(tmp_path / "resumed") == history(tmp_path / "straight")
     assert_same_state(tmp_path / "straight", tmp_path / "resumed", 8)
+
+
+def test_the_saved_config_trains_the_same(tmp_path):
+    assert run_here(tmp_path / "one") == 0
+    assert run_here(tmp_path / "two", config_file=tmp_path / "one" / "config.yaml") == 0
+    assert history(tmp_path / "one") == history(tmp_path / "two")
