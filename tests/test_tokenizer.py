@@ -75,6 +75,8 @@ WORDS = [
     "12",
 ]
 ODD = ["naïve", "…", "“x”", "日本", "é", "ﬁ", "â€™", "🙂", "½", "ß", "Ǆ", " ", "\t\n", "\u200b"]
+# Libraries differ in the Unicode version they know, so no code points that came lately.
+ASSIGNED = st.text(st.characters(exclude_categories=["Cn", "Cs"]), max_size=8)
 FRAGMENTS = st.sampled_from([*WORDS, *ODD])
 
 
@@ -100,7 +102,7 @@ def test_special_strings_count_where_a_word_starts():
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.one_of(FRAGMENTS, st.text(max_size=8), st.text("abc '<|&;", max_size=8)), max_size=8).map("".join))
+@given(st.lists(st.one_of(FRAGMENTS, ASSIGNED, st.text("abc '<|&;", max_size=8)), max_size=8).map("".join))
 def test_equals_the_plain_encoder(text):
     assert Tokenizer().encode(text) == PLAIN(text)
 

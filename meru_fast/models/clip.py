@@ -143,7 +143,8 @@ class CLIP(nn.Module, PyTorchModelHubMixin, coders={nn.Module: (recipe_of, from_
     def loss(self, image_feats: Tensor, text_feats: Tensor) -> dict:
         """``forward`` from the linear features [B, D] of ``encode_*(project=False)``."""
         with _no_autocast(image_feats):
-            image, text = self._for_engine(image_feats), self._for_engine(text_feats)
+            image = self.project_image(self._for_engine(image_feats))
+            text = self.project_text(self._for_engine(text_feats))
             logit_scale = self.scalar("logit_scale")
             loss = ops.contrastive_loss(
                 image, text, 1.0, logit_scale, geometry=self.geometry, precision=self.precision, group=_group()

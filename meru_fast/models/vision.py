@@ -1,6 +1,7 @@
 """Image tower: a timm Vision Transformer, with the fixed 2-D sine-cosine positions of MoCo-v3 (arXiv:2104.02057)."""
 
 import difflib
+from functools import partial
 from typing import Any
 
 import timm
@@ -25,7 +26,8 @@ def build_timm_vit(
     use_sincos2d_pos: bool = True,
     grad_checkpointing: bool = False,
     img_size: int = 224,
-    pretrained: bool = False,
+    norm_eps: float = 1e-5,
+    pretrained: bool | str = False,
     **kwargs: Any,
 ) -> VisionTransformer:
     """A timm ViT without classifier: images [B, 3, H, W] to features [B, width].
@@ -37,7 +39,9 @@ def build_timm_vit(
         use_sincos2d_pos: fixed 2-D sine-cosine positions instead of learned ones.
         grad_checkpointing: recompute activations in the backward pass.
         img_size: side of the square images in pixels.
-        pretrained: start from timm's weights (and their learned positions, so without ``use_sincos2d_pos``).
+        norm_eps: of the LayerNorms (timm's own models have 1e-6).
+        pretrained: start from timm's weights: True downloads them, a path names a file of them. They bring learned
+            positions, so not together with ``use_sincos2d_pos``.
         kwargs: whatever else the timm model takes: ``patch_size``, ``depth``, ``embed_dim``, ``num_heads``, ...
 
     Returns:
@@ -53,14 +57,15 @@ def build_timm_vit(
             f"no ViT {arch!r} in timm {timm.__version__}" + (f"; did you mean {close[0]!r}?" if close else "")
         )
     if pretrained and use_sincos2d_pos:
-        raise ValueError("pretrained=True brings learned positions: set use_sincos2d_pos=False")
+        raise ValueError("pretrained weights bring learned positions: set use_sincos2d_pos=False")
     vit = timm.create_model(
         arch,
-        pretrained=pretrained,
+        pretrained=bool(pretrained),
+        pretrained_cfg_overlay={"file": pretrained} if isinstance(pretrained, str) else None,
         num_classes=0,
         global_pool=global_pool,
         class_token=global_pool == "token",
-        norm_layer=nn.LayerNorm,
+        norm_layer=partial(nn.LayerNorm, eps=norm_eps),
         img_size=img_size,
         **kwargs,
     )
@@ -71,6 +76,7 @@ def build_timm_vit(
         "global_pool": global_pool,
         "use_sincos2d_pos": use_sincos2d_pos,
         "img_size": img_size,
+        "norm_eps": norm_eps,
         **kwargs,
     }
     if use_sincos2d_pos:
