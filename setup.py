@@ -40,6 +40,7 @@ EXTRAS = {
         "matplotlib>=3.8,<4",
         "webdataset>=1.0,<2",
         "jinja2>=3.1,<4",
+        "h5py>=3.10,<4",
     ],
     "bench": [
         "pytest>=8,<10",
