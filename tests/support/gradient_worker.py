@@ -39,10 +39,10 @@ def batch() -> tuple[torch.Tensor, PackedTokens]:
     return images, PackedTokens.from_list([torch.cat([caption, end]) for caption in captions])
 
 
-def engine(stage: int, accumulation: int) -> Engine:
+def engine(stage: int, accumulation: int, lr: float = 1e-3) -> Engine:
     settings = TrainSettings(total_batch_size=BATCH, zero_stage=stage, accumulation_steps=accumulation)
     model = build()
-    optimizer = build_optimizer(model, lr=1e-3)
+    optimizer = build_optimizer(model, lr=lr)
     schedule = LinearWarmupCosineDecayLR(optimizer, total_steps=10, warmup_steps=1)
     return Engine(model, optimizer, schedule, deepspeed_config.resolve({}, settings, get_world_size(), on_gpu=False))
 

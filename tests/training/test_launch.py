@@ -1,0 +1,112 @@
+"""The command line, the environments of launchers, and the start of processes."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+from training_runs import ROOT, TINY, environment, metrics, run
+
+from meru_fast.training import launch
+
+
+def test_published_flags_become_overrides():
+    args = launch.parse(["--config", "c", "--checkpoint-period", "7", "--log-period", "3", "train.seed=1"])
+    assert args.overrides == ["train.seed=1", "train.checkpoint_period=7", "train.log_period=3"]
+
+
+@pytest.mark.parametrize(
+    ("words", "resume", "overrides"),
+    [
+        ([], None, []),
+        (["--resume"], "latest", []),
+        (["--resume", "auto", "a=1"], "auto", ["a=1"]),
+        (["--resume", "a=1", "b=2"], "latest", ["a=1", "b=2"]),
+        (["a=1", "--resume", "runs/x"], "runs/x", ["a=1"]),
+    ],
+)
+def test_resume_with_and_without_a_value(words, resume, overrides):
+    args = launch.parse(["--config", "c", *words])
+    assert (args.resume, args.overrides) == (resume, overrides)
+
+
+def test_deepspeeds_own_arguments_are_accepted():
+    args = launch.parse(["--local_rank=1", "--deepspeed", "--deepspeed_config", "ds.json", "--config", "c"])
+    assert args.deepspeed_config == "ds.json"
+
+
+def test_place_from_torchrun_and_slurm():
+    assert launch.Place.from_environment({}) is None
+    torchrun = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a"}
+    assert launch.Place.from_environment(torchrun) == launch.Place(3, 8, 1, 2, "a", 29500)
+    slurm = {
+        "SLURM_PROCID": "5",
+        "SLURM_NTASKS": "8",
+        "SLURM_LOCALID": "1",
+        "SLURM_TASKS_PER_NODE": "4(x2)",
+        "SLURM_JOB_ID": "1234",
+        "SLURM_STEP_NODELIST": "gpu[07-09,12],cpu1",
+    }
+    assert launch.Place.from_environment(slurm) == launch.Place(5, 8, 1, 4, "gpu07", 11_234)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("gpu[07-09,12]", "gpu07"), ("n1,n2", "n1"), ("host", "host"), ("a-[3,5]", "a-3"), ("", "127.0.0.1")],
+)
+def test_first_host_of_a_slurm_list(nodes, first):
+    assert launch.first_host(nodes) == first
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit):
+        launch.main(["--help"])
+    text = capsys.readouterr().out
+    for word in ("--resume", "--num-gpus", "torchrun", "srun", "deepspeed --hostfile", "key=value", "SIGTERM"):
+        assert word in text
+
+
+def test_sigterm_to_the_command_saves_in_all_processes(tmp_path):
+    """Through our own start of the processes and DeepSpeed's launcher, down to two ranks that agree on the step."""
+    from training_runs import start, wait_for_step
+
+    running = start(tmp_path, "train.num_iterations=100000", "train.checkpoint_period=100000", processes=2)
+    wait_for_step(running, tmp_path, 2)
+    running.send_signal(signal.SIGTERM)
+    output = running.communicate(timeout=120)[0]
+    assert running.returncode != 0
+    assert "asked to stop" in output
+    saved = (tmp_path / "checkpoints" / "latest").read_text()
+    assert int(saved[5:]) == int(metrics(tmp_path)[-1]["step"])
+    assert (tmp_path / "checkpoints" / saved / "rank_00001.pt").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"],
+        ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", str(launch.free_port())],
+    ],
+    ids=["torchrun", "deepspeed"],
+)
+def test_other_launchers(tmp_path, launcher):
+    script = str(ROOT / "scripts" / "train.py")
+    command = [sys.executable, *launcher, script, "--config", str(TINY), "--output-dir", str(tmp_path / "other")]
+    subprocess.run([*command, "--deepspeed_config", "multi_node.json"], env=environment(), check=True, timeout=240)
+    run(tmp_path / "own", "--deepspeed_config", "multi_node.json", processes=2)
+    assert [row["loss"] for row in metrics(tmp_path / "other")] == [row["loss"] for row in metrics(tmp_path / "own")]
+
+
+@pytest.mark.slow
+def test_srun_environment(tmp_path):
+    """Two processes with what srun sets and nothing else."""
+    slurm = {"SLURM_NTASKS": "2", "SLURM_TASKS_PER_NODE": "2", "SLURM_JOB_ID": "7", "SLURM_NODELIST": "localhost"}
+    command = [sys.executable, "-m", "meru_fast.training", "--config", str(TINY), "--output-dir", str(tmp_path)]
+    port = {"MASTER_PORT": str(launch.free_port())}
+    ranks = [
+        subprocess.Popen(command, env=environment(**slurm, **port, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)))
+        for rank in range(2)
+    ]
+    assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
+    assert len(metrics(tmp_path)) == 8
