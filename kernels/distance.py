@@ -215,3 +215,21 @@ def elementwise_backward(
                 DISTANCE=distance, **blocks,
             )  # fmt: skip
     return dx, dy, partial.sum()
+
+
+def compile_specs() -> list:
+    """What ``kernels.resources`` compiles: both kinds of result, at D = 512."""
+    from .specs import describe
+
+    blocks = row_blocks(512)
+    warps = blocks.pop("num_warps")
+    tile = PAIR_BLOCKS["BLOCK_M"] * PAIR_BLOCKS["BLOCK_N"]
+    found = [describe("row_norm[fp32,512]", row_norm_kernel, blocks, num_warps=warps)]
+    for distance, label in ((False, "inner"), (True, "dist")):
+        kind = {"DISTANCE": distance}
+        found += [
+            describe(f"pairwise[{label},fp32]", pairwise_kernel, kind | PAIR_BLOCKS, num_warps=WARPS, outputs=tile),
+            describe(f"elementwise_fwd[{label},fp32,512]", elementwise_fwd_kernel, kind | blocks, num_warps=warps),
+            describe(f"elementwise_bwd[{label},fp32,512]", elementwise_bwd_kernel, kind | blocks, num_warps=warps),
+        ]
+    return found

@@ -219,3 +219,22 @@ def pairwise_angle(x: Tensor, y: Tensor, curv: Tensor) -> Tensor:
                 **PAIR_BLOCKS, num_warps=WARPS,
             )  # fmt: skip
     return out
+
+
+def compile_specs() -> list:
+    """What ``kernels.resources`` compiles: every kind of result both ways, at D = 512."""
+    from .specs import describe
+
+    blocks = row_blocks(512)
+    warps = blocks.pop("num_warps")
+    found = [
+        describe("pairwise_angle[fp32]", pairwise_angle_kernel, PAIR_BLOCKS, num_warps=WARPS,
+                 outputs=PAIR_BLOCKS["BLOCK_M"] * PAIR_BLOCKS["BLOCK_N"]),
+    ]  # fmt: skip
+    for kind in KINDS:
+        constexprs = {"KIND": kind, **blocks}
+        found += [
+            describe(f"cone_fwd[{kind},fp32,512]", cone_fwd_kernel, constexprs, num_warps=warps),
+            describe(f"cone_bwd[{kind},fp32,512]", cone_bwd_kernel, constexprs, num_warps=warps),
+        ]
+    return found

@@ -104,3 +104,22 @@ def backward(dy: Tensor, x: Tensor, scale: Tensor | None, curv: Tensor, inverse:
             )  # fmt: skip
     dscale, dcurv = partial.sum(1).unbind()
     return dx, dscale.clone(), dcurv.clone()
+
+
+def compile_specs() -> list:
+    """What ``kernels.resources`` compiles: both directions of both maps, at D = 512."""
+    from .specs import describe
+
+    blocks = _blocks(512)
+    warps = blocks.pop("num_warps")
+    found = []
+    for inverse, label in ((False, "exp"), (True, "log")):
+        constexprs = {"INVERSE": inverse, "SCALED": True, **blocks}
+        forward_types = {"y_ptr": "*fp32"}
+        found += [
+            describe(f"exp_map_fwd[{label},bf16,512]", exp_map_fwd_kernel, constexprs, dtype="bf16",
+                     types=forward_types, num_warps=warps, outputs=TILE),
+            describe(f"exp_map_bwd[{label},bf16,512]", exp_map_bwd_kernel, constexprs, dtype="bf16",
+                     types={"dy_ptr": "*fp32"}, num_warps=warps, outputs=TILE),
+        ]  # fmt: skip
+    return found

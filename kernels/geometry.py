@@ -83,7 +83,8 @@ def row_norm(u):
 @triton.jit
 def arcosh1p(delta):
     """acosh(1 + delta) for delta >= 0, to the last digits at both ends."""
-    return 2.0 * asinh(tl.sqrt_rn(0.5 * tl.maximum(delta, 0.0)))
+    delta = tl.maximum(delta, 0.0)
+    return log1p(delta + tl.sqrt(delta) * tl.sqrt(delta + 2.0))
 
 
 @triton.jit

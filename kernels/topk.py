@@ -15,7 +15,7 @@ from .distance import gram_tile, row_norms
 from .entailment import tangent
 from .geometry import safe_inverse, shifted_time, unit_time
 
-MAX_K = 128
+MAX_K = 64  # beyond, the sorting network spills
 BLOCK_M, BLOCK_K = 32, 32
 MIN_BLOCK_N = 64
 WARPS = 4
@@ -85,3 +85,17 @@ def candidates(x: Tensor, y: Tensor, k: int, curv: Tensor, min_radius: float | N
                 BLOCK_M=BLOCK_M, BLOCK_N=block_n, BLOCK_K=BLOCK_K, num_warps=WARPS,
             )  # fmt: skip
     return out
+
+
+def compile_specs() -> list:
+    """What ``kernels.resources`` compiles: k = 16 with and without cones, and the largest k."""
+    from .specs import describe
+
+    found = []
+    for k, cones in ((16, False), (16, True), (MAX_K, False)):
+        block_n = max(MIN_BLOCK_N, k)
+        constexprs = {"CONES": cones, "K": k, "BLOCK_M": BLOCK_M, "BLOCK_N": block_n, "BLOCK_K": BLOCK_K}
+        name = f"topk[{'cones,' if cones else ''}k={k}]"
+        found.append(describe(name, topk_kernel, constexprs, types={"out_ptr": "*i64"}, num_warps=WARPS,
+                              outputs=BLOCK_M * block_n))  # fmt: skip
+    return found
