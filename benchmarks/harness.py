@@ -212,7 +212,7 @@ def bounded_memory(device: torch.device, share: float = 0.7):
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
@@ -318,11 +318,10 @@ class _Runner:
             return None
         try:
             return step()
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                self.measurement.status = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
-            else:
-                self.measurement.status = "out of memory"
+        except Exception as error:  # a peer's failure, whatever it is, must not end the others' measurement
+            first_line = next(iter(str(error).splitlines()), "")[:200]
+            failure = f"failed: {type(error).__name__}: {first_line}"
+            self.measurement.status = "out of memory" if is_out_of_memory(error) else failure
         release()
         return None
 
@@ -435,8 +434,8 @@ class Effort:
 
 
 SMOKE = Effort(warmup=0, seconds=0, min_rounds=1, max_rounds=1, compiled=False)
-CPU = Effort(warmup=1, seconds=4, min_rounds=5, max_rounds=50)
-GPU = Effort(warmup=2, seconds=2, min_rounds=5, max_rounds=200)
+CPU = Effort(warmup=1, seconds=3, min_rounds=5, max_rounds=50)
+GPU = Effort(warmup=2, seconds=2, min_rounds=3, max_rounds=200)
 
 
 def measure(op: Op, case: Case, device: torch.device, effort: Effort) -> dict[str, Measurement]:

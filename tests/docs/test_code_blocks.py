@@ -10,6 +10,8 @@ import pytest
 import torch
 from markdown_blocks import ROOT, Block, blocks, pages
 
+from meru_fast.cli import COMMANDS
+
 PYTHON = [page for page in pages() if any(block.language in ("python", "py") for block in blocks(page))]
 SHELL = [page for page in pages() if any(block.language in ("bash", "sh", "console") for block in blocks(page))]
 MAX_NOT_RUN = 6
@@ -47,7 +49,7 @@ def commands(block: Block) -> list[list[str]]:
 
 
 def missing(words: list[str]) -> list[str]:
-    """What a command names of this project that is not there: scripts, configs, modules, make targets."""
+    """What a command names of this project that is not there: scripts, configs, modules, make targets, commands."""
     faults = [word for word in words if re.fullmatch(r"(scripts|examples|configs|benchmarks)/[\w/]+\.(py|json)", word)]
     faults = [word for word in faults if not (ROOT / word).is_file()]
     for flag, value in itertools.pairwise(words):
@@ -56,6 +58,8 @@ def missing(words: list[str]) -> list[str]:
             faults.append(value)
         if Path(flag).name == "make" and value.isalpha() and f"\n{value}:" not in (ROOT / "Makefile").read_text():
             faults.append(f"make {value}")
+        if Path(flag).name == "meru-fast" and not value.startswith("-") and value not in COMMANDS:
+            faults.append(f"meru-fast {value}")
         if flag == "--config" and value.isidentifier() and not (ROOT / "configs" / f"{value}.py").is_file():
             faults.append(value)
     return faults
@@ -79,7 +83,8 @@ def test_the_shell_check_can_fail():
     assert missing(["python", "-m", "meru_fast.nothing"]) == ["meru_fast.nothing"]
     assert missing(["make", "deno"]) == ["make deno"]
     assert missing(["train.py", "--config", "train_meru_vit_z"]) == ["train_meru_vit_z"]
-    assert missing(["make", "demo"]) == []
+    assert missing(["meru-fast", "trian"]) == ["meru-fast trian"]
+    assert missing(["make", "demo"]) == missing(["meru-fast", "train"]) == missing(["meru-fast", "--help"]) == []
 
 
 def test_blocks_are_found_with_their_lines_and_marks(tmp_path):
