@@ -32,6 +32,7 @@ class Entry:
         how: how to get it by hand, where it cannot be downloaded.
         get: files to download, or the repository that hosts a webdataset build.
         differs: why the split is not the published one; empty where it is.
+        size: images in the published test part; 0 where that is not known.
     """
 
     title: str
@@ -42,6 +43,7 @@ class Entry:
     get: tuple[Download, ...] | Hosted = ()
     how: str = ""
     differs: str = ""
+    size: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ def _entries() -> dict[str, Entry]:
             "non-commercial research, by registration",
             "https://image-net.org/download.php",
             how="register, download ILSVRC2012_img_val.tar and sort the images into val/<wordnet id>/",
+            size=50_000,
         ),
         "food101": Entry(
             "Food-101",
@@ -93,6 +96,7 @@ def _entries() -> dict[str, Entry]:
             "images from Foodspotting; research, fair use",
             "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/",
             (Download("http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz", "md5:85eeb15f3717b99a5da872d97d918f87"),),
+            size=25_250,
         ),
         "cifar10": Entry(
             "CIFAR-10",
@@ -108,6 +112,7 @@ def _entries() -> dict[str, Entry]:
                     "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "md5:c58f30108f718f92721af3b95e74349a"
                 ),
             ),
+            size=10_000,
         ),
         "cifar100": Entry(
             "CIFAR-100",
@@ -120,6 +125,7 @@ def _entries() -> dict[str, Entry]:
                     "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", "md5:eb9058c3a382ffc7106e4002c42a8d85"
                 ),
             ),
+            size=10_000,
         ),
         "cub2011": Entry(
             "Caltech-UCSD Birds-200-2011",
@@ -139,6 +145,7 @@ def _entries() -> dict[str, Entry]:
                     "sha256:0c685df5597a8b24909f6a7c9db6d11e008733779a671760afef78feb49bf081",
                 ),
             ),
+            size=5_794,
         ),
         "sun397": Entry(
             "SUN397, partition 1",
@@ -161,6 +168,7 @@ def _entries() -> dict[str, Entry]:
                 ),
             ),
             differs="the published images were re-encoded at 120,000 pixels and these are not; the lists agree",
+            size=19_850,
         ),
         "cars": Entry(
             "Stanford Cars",
@@ -173,6 +181,7 @@ def _entries() -> dict[str, Entry]:
             "https://github.com/pytorch/vision/issues/7545",
             Hosted("clip-benchmark/wds_cars"),
             how="the authors' site is gone; their files can be placed by hand into stanford_cars/",
+            size=8_041,
         ),
         "aircraft": Entry(
             "FGVC Aircraft, variants",
@@ -184,6 +193,7 @@ def _entries() -> dict[str, Entry]:
             "non-commercial research",
             f"{oxford}/fgvc-aircraft/",
             (Download(f"{oxford}/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz", ""),),
+            size=3_333,
         ),
         "dtd": Entry(
             "Describable Textures, partition 1",
@@ -195,6 +205,7 @@ def _entries() -> dict[str, Entry]:
             "research",
             f"{oxford}/dtd/",
             (Download(f"{oxford}/dtd/download/dtd-r1.0.1.tar.gz", "md5:fff73e5086ae6bdbea199a49dfb8a4c1", "dtd"),),
+            size=1_880,
         ),
         "pets": Entry(
             "Oxford-IIIT Pets",
@@ -213,6 +224,7 @@ def _entries() -> dict[str, Entry]:
                     f"{oxford}/pets/data/annotations.tar.gz", "md5:95a8c909bbe2e81eed6a22bccdf3f68f", "oxford-iiit-pet"
                 ),
             ),
+            size=3_669,
         ),
         "caltech101": Entry(
             "Caltech-101",
@@ -246,12 +258,17 @@ def _entries() -> dict[str, Entry]:
                 ),
                 Download(f"{oxford}/flowers/102/setid.mat", "md5:a5357ecc9cb78c4bef273ce3793fc85c", "flowers-102"),
             ),
+            size=6_149,
         ),
         "stl10": Entry(
             "STL-10",
             torchvision_reader("STL10"),
             {
-                split: tuple(f"stl10_binary/{name}" for name in (f"{split}_X.bin", f"{split}_y.bin", "class_names.txt"))
+                # torchvision checks all files, whichever split is read
+                split: tuple(
+                    f"stl10_binary/{name}"
+                    for name in ("train_X.bin", "train_y.bin", "test_X.bin", "test_y.bin", "unlabeled_X.bin")
+                )
                 for split in ("train", "test")
             },
             "not stated by the authors; images from ImageNet",
@@ -261,6 +278,7 @@ def _entries() -> dict[str, Entry]:
                     "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz", "md5:91f7769df0f17e558f3565bffb0c7dfb"
                 ),
             ),
+            size=8_000,
         ),
         "eurosat": Entry(
             "EuroSAT (RGB)",
@@ -276,6 +294,7 @@ def _entries() -> dict[str, Entry]:
                     "eurosat",
                 ),
             ),
+            size=5_000,
         ),
         "resisc45": Entry(
             "NWPU-RESISC45",
@@ -285,6 +304,7 @@ def _entries() -> dict[str, Entry]:
             "https://gcheng-nwpu.github.io/",
             Hosted("clip-benchmark/wds_vtab-resisc45"),
             how="or download NWPU-RESISC45.rar from the authors' page and unpack it",
+            size=25_200,
         ),
         "country211": Entry(
             "Country211",
@@ -293,6 +313,7 @@ def _entries() -> dict[str, Entry]:
             "part of YFCC100M; each image under its own Creative Commons licence",
             "https://github.com/openai/CLIP/blob/main/data/country211.md",
             (Download(f"{openai}/country211.tgz", "md5:84988d7644798601126c29e9877aab6a"),),
+            size=21_100,
         ),
         "mnist": Entry(
             "MNIST",
@@ -312,6 +333,7 @@ def _entries() -> dict[str, Entry]:
                     ("t10k-labels-idx1-ubyte", "ec29112dd5afa0611ce80d1b7f02629c"),
                 )
             ),
+            size=10_000,
         ),
         "clevr": Entry(
             "CLEVR, number of objects",
@@ -329,6 +351,7 @@ def _entries() -> dict[str, Entry]:
                     "clevr",
                 ),
             ),
+            size=5_000,
         ),
         "pcam": Entry(
             "PatchCamelyon",
@@ -341,6 +364,7 @@ def _entries() -> dict[str, Entry]:
             "https://github.com/basveeling/pcam",
             Hosted("clip-benchmark/wds_vtab-pcam"),
             how="or download the .h5 files from the authors' page into pcam/ and `pip install h5py`",
+            size=32_768,
         ),
         "sst2": Entry(
             "Rendered SST2",
@@ -352,6 +376,7 @@ def _entries() -> dict[str, Entry]:
             "not stated by the authors",
             "https://github.com/openai/CLIP/blob/main/data/rendered-sst2.md",
             (Download(f"{openai}/rendered-sst2.tgz", "md5:2384d08e9dcfa4bd55b324e610496ee5"),),
+            size=1_821,
         ),
         "coco": Entry(
             "COCO captions, val2017",
@@ -363,6 +388,7 @@ def _entries() -> dict[str, Entry]:
                 Download(f"{coco}/zips/val2017.zip", ""),
                 Download(f"{coco}/annotations/annotations_trainval2017.zip", ""),
             ),
+            size=5_000,
         ),
         "flickr30k": Entry(
             "Flickr30k, Karpathy's test split",
@@ -372,6 +398,7 @@ def _entries() -> dict[str, Entry]:
             "https://shannon.cs.illinois.edu/DenotationGraph/",
             how="fill in the authors' form for flickr30k-images.tar.gz (unpack to flickr30k_images/) and add "
             "dataset_flickr30k.json of https://cs.stanford.edu/people/karpathy/deepimagesent/",
+            size=1_000,
         ),
     }
 
@@ -433,13 +460,16 @@ def open_dataset(
             raise
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise DatasetError(f"{name}: {root} cannot be read ({reason}). To get it again: {status.how}") from error
+    provenance, size = status.provenance, ENTRIES[name].size
+    if provenance == AS_PUBLISHED and part == "test" and size not in (0, len(found.samples)):
+        provenance = f"differs, because {len(found.samples):,} of {size:,} test images are there"
     if isinstance(found, CaptionedImages):
-        found.provenance = status.provenance
+        found.provenance = provenance
         return found
     classes = getattr(found.samples, "classes", protocol.class_names)
     if len(classes) != len(protocol.class_names):
         raise DatasetError(f"{name}: {root} has {len(classes)} classes, expected {len(protocol.class_names)}")
-    return LabelledImages(name, found.samples, protocol.class_names, protocol.prompts, status.provenance)
+    return LabelledImages(name, found.samples, protocol.class_names, protocol.prompts, provenance)
 
 
 def open_own(

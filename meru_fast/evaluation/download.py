@@ -1,5 +1,6 @@
 """Downloads that resume and are checked before they are unpacked."""
 
+import gzip
 import hashlib
 import shutil
 import tarfile
@@ -111,11 +112,11 @@ def verify(path: Path, checksum: str) -> None:
 
 
 def is_archive(path: Path) -> bool:
-    return zipfile.is_zipfile(path) or tarfile.is_tarfile(path)
+    return zipfile.is_zipfile(path) or tarfile.is_tarfile(path) or path.suffix == ".gz"
 
 
 def unpack(path: Path, folder: Path) -> None:
-    """Unpack a ZIP or TAR into `folder`; anything else is copied there."""
+    """Unpack a ZIP, TAR or single .gz into `folder`; anything else is copied there."""
     folder.mkdir(parents=True, exist_ok=True)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
@@ -123,5 +124,8 @@ def unpack(path: Path, folder: Path) -> None:
     elif tarfile.is_tarfile(path):
         with tarfile.open(path) as archive:
             archive.extractall(folder, filter="data")
+    elif path.suffix == ".gz":
+        with gzip.open(path) as source, (folder / path.stem).open("wb") as target:
+            shutil.copyfileobj(source, target)
     elif path.parent.resolve() != folder.resolve():
         shutil.copy2(path, folder / path.name)

@@ -42,6 +42,7 @@ class Evaluator:
                 f"datasets must have distinct names, got {[catalog.name_of(entry) for entry in datasets]}"
             )
         self.data_dir = Path(data_dir).expanduser()
+        self._provenance: dict[str, str] = {}
         self.image_size = image_size
         self.resize = resize
         self.loading = Loading(batch_size, num_workers)
@@ -57,9 +58,8 @@ class Evaluator:
         return f"{self.resize} {self.image_size or 'native'}"
 
     def provenance(self, name: str) -> str:
-        """Whether the split of a dataset is the published one."""
-        entry = self.entries[name]
-        return catalog.status_of(name, self.data_dir).provenance if isinstance(entry, str) else "own data"
+        """Whether the test part of a dataset that was evaluated is the published one."""
+        return self._provenance[name]
 
     def transform(self, model: nn.Module) -> EvalTransform:
         """The pixels that `model` takes."""
@@ -67,7 +67,10 @@ class Evaluator:
 
     def open(self, name: str, part: str) -> LabelledImages | CaptionedImages:
         """The "train", "val" or "test" part of a dataset. Raises DatasetError."""
-        return catalog.open_dataset(self.entries[name], self.data_dir, part)
+        dataset = catalog.open_dataset(self.entries[name], self.data_dir, part)
+        if part == "test":
+            self._provenance[name] = dataset.provenance
+        return dataset
 
     def evaluate(self, model: nn.Module, name: str) -> dict[str, float]:
         """Scores of one dataset, fractions in [0, 1]. Raises DatasetError if it is missing or damaged."""

@@ -74,13 +74,15 @@ class LogisticProblem:
         self.spectrum = torch.cat([spectrum.clamp(min=0), spectrum.new_ones(1)]).to(features.dtype)
 
     def fit(
-        self, costs: Sequence[float], max_iterations: int = 1000, tolerance: float = 1e-4, start: Solution | None = None
+        self, costs: Sequence[float], max_iterations: int = 1000, tolerance: float = 1e-5, start: Solution | None = None
     ) -> Solution:
         """Solve for all costs together.
 
         Args:
             costs: C of scikit-learn, inverse strength of the penalty.
-            tolerance: on the norm of every class's gradient (scikit-learn's bound, on its largest entry, is looser).
+            tolerance: on the norm of every class's gradient. Ten times as strict as scikit-learn's default, and on the
+                norm where that looks at the largest entry: costs little here, and leaves no more than 1 label in 1,000
+                open.
             start: a solution to start from, for all costs; the default is zero weights.
         """
         penalty = 1 / (self.inputs.new_tensor(list(costs)) * len(self.inputs))  # [S]
@@ -202,12 +204,16 @@ class _LBFGS:
         """Step along `direction` until the value falls enough (Armijo), halving from 1, which nearly always does."""
         slope = (gradient * direction).sum(dim=(1, 2), dtype=torch.float64)
         length = torch.ones_like(value)
+        rounding = torch.finfo(theta.dtype).eps
         best, best_value, best_gradient = theta.clone(), value.clone(), gradient.clone()
         open_ = torch.arange(len(theta), device=theta.device)
         for _ in range(MAX_HALVINGS):
             trial = theta[open_] + length[open_].to(theta.dtype)[:, None, None] * direction[open_]
             trial_value, trial_gradient = self.objective(trial, active[open_])
             fine = trial_value <= value[open_] + ARMIJO * length[open_] * slope[open_]
+            # Near the optimum the fall drowns in rounding; then the slope decides (Hager and Zhang's approximate rule).
+            flatter = (trial_gradient * direction[open_]).sum(dim=(1, 2), dtype=torch.float64) <= -0.8 * slope[open_]
+            fine |= flatter & (trial_value <= value[open_] + rounding * value[open_].abs())
             best[open_[fine]], best_value[open_[fine]] = trial[fine], trial_value[fine]
             best_gradient[open_[fine]] = trial_gradient[fine]
             open_ = open_[~fine]

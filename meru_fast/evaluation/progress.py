@@ -32,6 +32,8 @@ def progress(title: str, total: int, unit: str) -> Iterator[Callable[[int], None
         RateColumn(unit),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not is_main_process()) as bar:
+    console = Console(stderr=True)
+    visible = console.is_terminal and is_main_process()
+    with Progress(*columns, console=console, transient=True, disable=not visible) as bar:
         task = bar.add_task(title, total=total)
         yield lambda count: bar.update(task, advance=count)
