@@ -109,7 +109,6 @@ def _fault(tensors: tuple[Tensor, ...], max_width: int | None) -> str | None:
     return _triton_fault(tensors[0].device.type)
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
 def _triton_fault(device_type: str) -> str | None:
     """Why Triton cannot run on this kind of device, or None."""
@@ -126,3 +125,7 @@ def _triton_fault(device_type: str) -> str | None:
     from meru_fast.kernels.geometry import INTERPRET
 
     return None if INTERPRET else "on CPU tensors Triton runs only with TRITON_INTERPRET=1 set beforehand"
+
+
+# All that torch.compiler.assume_constant_result does; that would import torch._dynamo, 2.8 s at every import of ops.
+_triton_fault._dynamo_marked_constant = True  # type: ignore[attr-defined]
