@@ -4,7 +4,7 @@ The Triton kernels live in the top-level folder ``kernels/`` and the configs in 
 ``meru_fast``: ``kernels`` is the import name of another distribution and must never be claimed here.
 """
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
 MAPPED = {"meru_fast.kernels": "kernels", "meru_fast.configs": "configs"}
 
@@ -70,9 +70,10 @@ EXTRAS["all"] = sorted({req for name, group in EXTRAS.items() if name != "peers"
 
 
 def packages() -> list[str]:
-    found = find_packages(include=["meru_fast", "meru_fast.*"])
+    # folders of data files count as packages too: setuptools wants every folder that it ships to be named
+    found = find_namespace_packages(include=["meru_fast", "meru_fast.*"])
     for name, folder in MAPPED.items():
-        found += [name] + [f"{name}.{inner}" for inner in find_packages(folder)]
+        found += [name] + [f"{name}.{inner}" for inner in find_namespace_packages(folder)]
     return found
 
 
