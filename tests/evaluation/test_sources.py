@@ -168,9 +168,9 @@ def test_damaged_tars_are_named(tmp_path):
 def test_bad_entries_are_refused():
     with pytest.raises(DatasetError, match="unknown dataset 'cifar'; the catalog has imagenet, food101"):
         name_of("cifar")
-    with pytest.raises(DatasetError, match="lacks kind, root"):
+    with pytest.raises(DatasetError, match="has no kind, root"):
         name_of({"name": "x"})
-    with pytest.raises(DatasetError, match="has unknown colour"):
+    with pytest.raises(DatasetError, match="has the unknown key colour"):
         name_of({"name": "x", "kind": "folder", "root": ".", "colour": 1})
     with pytest.raises(DatasetError, match="kind must be folder, manifest or tar, got 'zip'"):
         open_dataset({"name": "x", "kind": "zip", "root": "."}, ".")
