@@ -83,8 +83,8 @@ def exact(name: str, x: torch.Tensor, y: torch.Tensor, curv: float) -> mpmath.mp
 def test_digits_at_every_norm(norm: float, curv: float, dtype: torch.dtype) -> None:
     """Given pairs are right to the last digits, near and far.
 
-    Beyond norms of 1e3 the rounding of the inputs themselves moves points on one ray apart (``eps |x|`` across, against a
-    distance of order 1), so those rows end there.
+    Beyond norms of 1e3 the rounding of the inputs themselves moves points on one ray apart (``eps |x|`` across, against
+    a distance of order 1), so those rows end there.
     """
     resolution = torch.finfo(dtype).eps
     x = points(6, 16, norm, dtype)
