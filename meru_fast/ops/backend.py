@@ -109,9 +109,13 @@ def _fault(tensors: tuple[Tensor, ...], max_width: int | None) -> str | None:
     return _triton_fault(tensors[0].device.type)
 
 
-@functools.cache
 def _triton_fault(device_type: str) -> str | None:
-    """Why Triton cannot run on this kind of device, or None."""
+    """Why Triton cannot run on this kind of device, or None. A constant to torch.compile, which cannot see a cache."""
+    return _look_for_fault(device_type)
+
+
+@functools.cache
+def _look_for_fault(device_type: str) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if device_type == "cuda":
