@@ -242,9 +242,7 @@ def find_step(folder: Path) -> Path:
             step = parent / latest.read_text(encoding="utf-8").strip()
             if any(step.glob("*_model_states.pt")):
                 return step
-            raise CheckpointError(
-                f"{latest} names {step.name!r}, which is not a complete DeepSpeed checkpoint in {parent}"
-            )
+            raise CheckpointError(f"{latest} names {step.name!r}, which is no complete DeepSpeed checkpoint")
     raise CheckpointError(
         f"{folder}: no checkpoint here (looked for {SAFETENSORS_FILE}, *_model_states.pt, latest, checkpoints/latest)"
     )
@@ -333,8 +331,9 @@ def _torch_load(file: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         fault = "truncated or not a PyTorch file"
-        if "weights_only" in str(error).lower():
-            fault = "refused, it holds pickled objects beside tensors"
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        if named:
+            fault = f"refused, its pickle names {named[1]}"
         raise CheckpointError(f"{file}: {fault} ({_first_line(error)})") from error
 
 

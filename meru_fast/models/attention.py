@@ -38,10 +38,14 @@ class SelfAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
-        """x: [..., width]; `attend` maps queries, keys and values [..., 3, heads, d] to [..., heads, d]."""
+    def forward(self, x: Tensor, attend: Callable[[Tensor], Tensor], rows: Tensor | None = None) -> Tensor:
+        """x: [..., width]; `attend` maps queries, keys and values [..., 3, heads, d] to [..., heads, d].
+
+        With `rows` the result is that of these (leading) indices only.
+        """
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        return self.out_proj(attend(qkv.unflatten(-1, (3, self.heads, -1))).flatten(-2))
+        attended = attend(qkv.unflatten(-1, (3, self.heads, -1))).flatten(-2)
+        return self.out_proj(attended if rows is None else attended.index_select(0, rows))
 
 
 class PaddedAttention:

@@ -4,6 +4,7 @@ import re
 from collections import OrderedDict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -91,16 +92,16 @@ class TransformerTextEncoder(nn.Module):
         tokens = attend.tokens
         starts = tokens.cu_seqlens[:-1].repeat_interleave(tokens.cu_seqlens.diff(), output_size=len(tokens.ids))
         positions = torch.arange(len(tokens.ids), device=tokens.ids.device) - starts
-        x = self.token_embed(tokens.ids) + self.posit_embed[positions]
-        x = self._blocks(x, attend)
-        return attend.restore(self.ln_final(x[tokens.cu_seqlens[1:] - 1]))
+        x = self.token_embed(tokens.ids) + F.embedding(positions, self.posit_embed)
+        return attend.restore(self.ln_final(self._blocks(x, attend, tokens.cu_seqlens[1:] - 1)))
 
-    def _blocks(self, x: Tensor, attend: PackedAttention | PaddedAttention) -> Tensor:
+    def _blocks(self, x: Tensor, attend: PackedAttention | PaddedAttention, ends: Tensor | None = None) -> Tensor:
         for block in self.resblocks:
+            rows = ends if block is self.resblocks[-1] else None
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, attend, use_reentrant=False)
+                x = checkpoint(block, x, attend, rows, use_reentrant=False)
             else:
-                x = block(x, attend)
+                x = block(x, attend, rows)
         return x
 
 
@@ -115,6 +116,8 @@ class ResidualBlock(nn.Module):
         layers = [("c_fc", nn.Linear(width, 4 * width)), ("gelu", nn.GELU()), ("c_proj", nn.Linear(4 * width, width))]
         self.mlp = nn.Sequential(OrderedDict(layers))
 
-    def forward(self, x: Tensor, attend: PackedAttention | PaddedAttention) -> Tensor:
-        x = x + self.attn(self.ln_1(x), attend)
+    def forward(self, x: Tensor, attend: PackedAttention | PaddedAttention, rows: Tensor | None = None) -> Tensor:
+        """The stream after this block; with `rows` only at these tokens, which is all that the last block is for."""
+        attended = self.attn(self.ln_1(x), attend, rows)
+        x = (x if rows is None else x.index_select(0, rows)) + attended
         return x + self.mlp(self.ln_2(x))
