@@ -10,6 +10,5 @@ evaluator.datasets = [
         "prompts": ["a handwritten {}", "handwriting : a handwritten {}"],
     }
 ]
-evaluator.image_size = 64
 
 __all__ = ["evaluator"]

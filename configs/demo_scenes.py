@@ -3,6 +3,5 @@
 from .eval_zero_shot_retrieval import evaluator
 
 evaluator.datasets = [{"name": "scenes", "kind": "manifest", "root": "demo_output/data/scenes.json"}]
-evaluator.image_size = 64
 
 __all__ = ["evaluator"]

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import logging
 import os
 import platform
 import shutil
@@ -24,8 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="example: meru-fast info --json | jq .backends",
     )
     parser.add_argument("--json", action="store_true", help="for machines")
-    report = collect()
-    if parser.parse_args(argv).json:
+    args = parser.parse_args(argv)
+    logging.disable(logging.WARNING)  # some packages log on import what this report says better
+    try:
+        report = collect()
+    finally:
+        logging.disable(logging.NOTSET)
+    if args.json:
         print(json.dumps(report, indent=2))
         return 0
     for title, rows in report.items():

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from meru_fast.evaluation.report import read_log
+from meru_fast.evaluation.figures import read_log
 
 METRICS = ("loss", "contrastive_loss", "entailment_loss", "curv", "img_per_s", "lr")
 SUFFIXES = (".svg", ".png", ".pdf")

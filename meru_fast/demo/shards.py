@@ -19,11 +19,11 @@ import numpy as np
 from meru_fast.demo.pictures import DIGIT_NAMES, Picture, draw_digit, draw_pair, draw_scene
 
 SHARD_SIZE = 1000
-DIGIT_SHARDS = 4
+DIGIT_SHARDS = 5
 HELD_OUT_DIGITS = 397  # of scikit-learn's 1,797
 HELD_OUT_SCENES = 400
 SUBREDDITS = {"digits": "handwriting", "scenes": "drawnshapes"}
-SPECIFICITY = 2  # a rung of the ladder is that much more frequent in training than the more general one above it
+SPECIFICITY = 3  # a rung of the ladder is that much more frequent in training than the more general one above it
 JPEG_QUALITY = 90
 
 
@@ -64,8 +64,7 @@ def _write_all(folder: Path, num_shards: int, seed: int) -> None:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    order = np.random.default_rng(seed).permutation(len(digits.target))
-    held_out, training = order[:HELD_OUT_DIGITS], order[HELD_OUT_DIGITS:]
+    training, held_out = split_digits(len(digits.target), seed)
     num_digit_shards = min(DIGIT_SHARDS, num_shards - 1)
     for shard in range(num_shards):
         kind = "digits" if shard < num_digit_shards else "scenes"
@@ -78,6 +77,12 @@ def _write_all(folder: Path, num_shards: int, seed: int) -> None:
         _write_shard(folder / "train" / f"shard_{shard:08d}.tar", SUBREDDITS[kind], pictures, rng)
     rng = np.random.default_rng([seed, 2])
     _write_held_out(folder, [(digits.images[i], int(digits.target[i])) for i in held_out], rng)
+
+
+def split_digits(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the originals that are trained on, and of those that are held out."""
+    order = np.random.default_rng(seed).permutation(count)
+    return order[HELD_OUT_DIGITS:], order[:HELD_OUT_DIGITS]
 
 
 def _write_shard(path: Path, subreddit: str, pictures: Iterator[Picture], rng: np.random.Generator) -> None:

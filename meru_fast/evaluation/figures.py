@@ -1,7 +1,13 @@
 """Figures of the report, as SVG text that goes into a page as it is."""
 
+import csv
+import functools
 import io
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -25,6 +31,7 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": "#e6eaee",
     "xtick.color": INK,
     "ytick.color": INK,
@@ -33,26 +40,54 @@ STYLE = {
 }
 
 
-def svg(figure: Figure, salt: str) -> str:
-    """`figure` as an ``<svg>`` element. Figures on one page need different salts, which keep their ids apart."""
-    text = io.StringIO()
-    with mpl.rc_context(STYLE | {"svg.hashsalt": salt}):
-        figure.savefig(
-            text, format="svg", bbox_inches="tight", pad_inches=0.05, transparent=True, metadata={"Date": None}
-        )
-    whole = text.getvalue()
-    return whole[whole.index("<svg") :].replace("<svg ", '<svg role="img" ', 1)
+def _drawn(draw: Callable[..., Figure]) -> Callable[..., str]:
+    """Draw in the style of the page and return an ``<svg>`` element.
+
+    The last argument of the figure functions, `salt`, keeps the ids of figures on one page apart.
+    """
+
+    @functools.wraps(draw)
+    def svg(*arguments: Any, salt: str) -> str:
+        text = io.StringIO()
+        with mpl.rc_context(STYLE | {"svg.hashsalt": salt}):
+            figure = draw(*arguments)
+            figure.savefig(
+                text, format="svg", bbox_inches="tight", pad_inches=0.05, transparent=True, metadata={"Date": None}
+            )
+        whole = text.getvalue()
+        whole = re.sub(r'<g id="[^"]*">', "<g>", whole)  # nothing refers to groups
+        return whole[whole.index("<svg") :].replace("<svg ", '<svg role="img" ', 1)
+
+    return svg
 
 
 def _axes(width: float, height: float, columns: int = 1) -> tuple[Figure, Sequence[Axes]]:
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        return figure, figure.subplots(1, columns, squeeze=False)[0]
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
-def loss_curves(log: Mapping[str, Sequence[float]], salt: str) -> str:
-    """Loss parts over steps, and beside them the learned scalars, from the columns of a run's metrics.csv."""
-    figure, (left, right) = _axes(8.4, 3.0, columns=2)
+def read_log(run: Path) -> dict[str, list[float]]:
+    """Numeric columns of a run's metrics.csv; empty if there is none."""
+    if not (run / "metrics.csv").is_file():
+        return {}
+    with (run / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    columns: dict[str, list[float]] = {}
+    for name in rows[0] if rows else ():
+        try:
+            columns[name] = [float(row[name]) for row in rows]
+        except ValueError:  # a column of text, or one that not every row has
+            continue
+    return columns
+
+
+@_drawn
+def loss_curves(log: Mapping[str, Sequence[float]]) -> Figure:
+    """Loss parts over steps, and beside them the geometry of hyperbolic models, from the columns of metrics.csv."""
+    scalars = {"curv": ("curvature c", CAPTION_COLOURS[0]), "image_radius": ("mean distance of images", IMAGE_COLOUR)}
+    scalars |= {"text_radius": ("mean distance of captions", CAPTION_COLOURS[1])}
+    logged = [name for name in scalars if name in log]
+    figure, (left, *others) = _axes(8.4, 3.0, columns=2 if logged else 1)
     steps = log["step"]
     parts = {"contrastive_loss": ("contrastive", IMAGE_COLOUR), "entailment_loss": ("entailment", CAPTION_COLOURS[1])}
     for name, (label, colour) in parts.items():
@@ -61,14 +96,13 @@ def loss_curves(log: Mapping[str, Sequence[float]], salt: str) -> str:
             left.plot(steps, _smooth(log[name]), color=colour, linewidth=1.8, label=label)
     left.set(title="Loss", xlabel="step", ylim=(0, None))
     left.legend()
-    scalars = {"curv": ("curvature c", CAPTION_COLOURS[0]), "image_radius": ("mean distance of images", IMAGE_COLOUR)}
-    scalars |= {"text_radius": ("mean distance of captions", CAPTION_COLOURS[1])}
-    for name, (label, colour) in scalars.items():
-        if name in log:
+    for right in others:
+        for name in logged:
+            label, colour = scalars[name]
             right.plot(steps, log[name], color=colour, linewidth=1.8, label=label)
-    right.set(title="Geometry", xlabel="step", ylim=(0, None))
-    right.legend()
-    return svg(figure, salt)
+        right.set(title="Geometry", xlabel="step", ylim=(0, None))
+        right.legend()
+    return figure
 
 
 def _smooth(values: Sequence[float], window: int = 9) -> np.ndarray:
@@ -78,7 +112,8 @@ def _smooth(values: Sequence[float], window: int = 9) -> np.ndarray:
     return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
 
 
-def radius_histogram(images: np.ndarray, captions: Mapping[str, np.ndarray], unit: str, salt: str) -> str:
+@_drawn
+def radius_histogram(images: np.ndarray, captions: Mapping[str, np.ndarray], unit: str) -> Figure:
     """Shares of images and of each group of captions over the distance from the root."""
     figure, (axes,) = _axes(6.4, 3.0)
     everything = np.concatenate([images, *captions.values()])
@@ -90,9 +125,10 @@ def radius_histogram(images: np.ndarray, captions: Mapping[str, np.ndarray], uni
     axes.set(xlabel=f"distance from the root ({unit})", ylabel="share (%)")
     axes.grid(axis="x", visible=False)
     axes.legend()
-    return svg(figure, salt)
+    return figure
 
 
+@_drawn
 def poincare_disk(
     images: np.ndarray,
     captions: np.ndarray,
@@ -100,53 +136,82 @@ def poincare_disk(
     ladders: Sequence[Sequence[int]],
     labels: Mapping[int, str],
     rings: Mapping[float, str],
-    salt: str,
-) -> str:
+) -> Figure:
     """Points of the unit disk: images, captions, and the way from the root over the captions to some of the images.
 
     Args:
         images, captions: [N, 2] inside the unit disk.
-        pictures: positions in `images`, with the picture to draw there.
+        pictures: positions in `images`, with the picture to draw outside the rim.
         ladders: for each of `pictures` the positions of its captions, general to specific.
         labels: captions to write out, by position.
         rings: radius on the disk to the text beside that circle.
     """
-    figure, (axes,) = _axes(7.2, 7.2)
+    figure, (axes,) = _axes(8, 8)
     axes.set_aspect("equal")
     axes.set_axis_off()
     angle = np.linspace(0, 2 * np.pi, 200)
     for radius, text in rings.items():
         axes.plot(radius * np.cos(angle), radius * np.sin(angle), color="#dfe4e8", linewidth=0.8, zorder=0)
-        axes.text(0, -radius, text, fontsize=7.5, color=PALE, ha="center", va="top", zorder=1)
+        axes.text(0, -radius, text, fontsize=7.5, color=PALE, ha="center", va="center", zorder=1, bbox=_PAPER)
     axes.plot(np.cos(angle), np.sin(angle), color=INK, linewidth=1.2, zorder=1)
     for (image, _), ladder in zip(pictures, ladders, strict=True):
         way = np.stack([np.zeros(2), *(captions[position] for position in ladder), images[image]])
         axes.plot(way[:, 0], way[:, 1], color=CAPTION_COLOURS[1], linewidth=0.8, alpha=0.55, zorder=2)
-    axes.scatter(*images.T, s=7, color=IMAGE_COLOUR, alpha=0.35, linewidths=0, zorder=2, label="image")
-    axes.scatter(*captions.T, s=11, color=CAPTION_COLOURS[1], alpha=0.8, linewidths=0, zorder=3, label="caption")
+    axes.scatter(*images.T, s=7, color=IMAGE_COLOUR, alpha=0.4, linewidths=0, zorder=2, label="image")
+    axes.scatter(*captions.T, s=9, color=CAPTION_COLOURS[1], alpha=0.7, linewidths=0, zorder=3, label="caption")
     axes.scatter(0, 0, s=40, marker="+", color=INK, zorder=4, label="root")
-    for image, picture in pictures:
-        box = OffsetImage(np.asarray(picture.convert("RGB").resize((56, 56))), zoom=0.55)
-        frame = {"edgecolor": IMAGE_COLOUR, "linewidth": 0.8, "boxstyle": "square,pad=0.08"}
-        axes.add_artist(AnnotationBbox(box, images[image], bboxprops=frame, zorder=5))
-    for position, text in labels.items():
-        _label(axes, captions[position], text)
-    axes.legend(loc="upper right", fontsize=8.5)
-    axes.set(xlim=(-1.03, 1.03), ylim=(-1.03, 1.03))
-    return svg(figure, salt)
+    _pictures_at_rim(axes, images, pictures)
+    _labels_in_columns(axes, captions, labels)
+    axes.legend(loc="upper right", bbox_to_anchor=(1.0, 1.0))
+    axes.set(xlim=(-1.2, 1.2), ylim=(-1.2, 1.2))
+    return figure
 
 
-def _label(axes: Axes, point: np.ndarray, text: str) -> None:
-    outwards = point / max(np.linalg.norm(point), 1e-6)
-    side = "left" if outwards[0] >= 0 else "right"
-    axes.annotate(
-        text,
-        point,
-        xytext=outwards * 9,
-        textcoords="offset points",
-        fontsize=8,
-        ha=side,
-        va="center",
-        zorder=6,
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8},
-    )
+_PAPER = {"facecolor": "#fbfbf9", "edgecolor": "none", "alpha": 0.85, "pad": 0.8}
+
+
+def _pictures_at_rim(axes: Axes, points: np.ndarray, pictures: Sequence[tuple[int, Image.Image]]) -> None:
+    """Each picture outside the rim, as near as the others allow to the direction of its point."""
+    order = sorted(pictures, key=lambda item: math.atan2(points[item[0]][1], points[item[0]][0]))
+    wanted = [math.atan2(points[index][1], points[index][0]) for index, _ in order]
+    for (index, picture), angle in zip(order, _spread(wanted, gap=0.17), strict=True):
+        place = 1.1 * np.array([math.cos(angle), math.sin(angle)])
+        axes.plot(*np.stack([points[index], place]).T, color=IMAGE_COLOUR, linewidth=0.6, alpha=0.5, zorder=2)
+        box = OffsetImage(np.asarray(picture.convert("RGB").resize((72, 72))), zoom=0.5)
+        frame = {"edgecolor": IMAGE_COLOUR, "linewidth": 0.8, "boxstyle": "square,pad=0.06"}
+        axes.add_artist(AnnotationBbox(box, place, bboxprops=frame, zorder=5))
+
+
+def _labels_in_columns(axes: Axes, points: np.ndarray, labels: Mapping[int, str]) -> None:
+    """Texts in a column on either side of the points, with a line from each to its point."""
+    for side in (-1, 1):
+        chosen = sorted(
+            (index for index in labels if (points[index][0] >= 0) == (side > 0)), key=lambda i: points[i][1]
+        )
+        heights = _spread([1.5 * points[index][1] for index in chosen], gap=0.042)
+        for index, height in zip(chosen, heights, strict=True):
+            place = np.array([side * 0.6, height])
+            axes.plot(*np.stack([points[index], place]).T, color=PALE, linewidth=0.5, alpha=0.7, zorder=3)
+            axes.scatter(*points[index], s=16, color=CAPTION_COLOURS[0], linewidths=0, zorder=4)
+            axes.text(
+                *place,
+                labels[index],
+                fontsize=8.5,
+                ha="left" if side > 0 else "right",
+                va="center",
+                zorder=6,
+                bbox=_PAPER,
+            )
+
+
+def _spread(wanted: Sequence[float], gap: float) -> list[float]:
+    """Ascending positions at least `gap` apart whose squared distance from the `wanted` ones, ascending, is least."""
+    blocks: list[tuple[float, int]] = []  # (mean of wanted position minus place in the row, length)
+    for number, position in enumerate(wanted):
+        mean, size = position - number * gap, 1
+        while blocks and blocks[-1][0] >= mean:  # pool adjacent violators
+            before, length = blocks.pop()
+            mean, size = (before * length + mean * size) / (length + size), length + size
+        blocks.append((mean, size))
+    starts = [mean for mean, size in blocks for _ in range(size)]
+    return [start + number * gap for number, start in enumerate(starts)]

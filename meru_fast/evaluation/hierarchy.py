@@ -187,7 +187,7 @@ class HierarchicalClassification(Evaluator):
         if len(nodes) != len(dataset.class_names):
             raise DatasetError(f"{name}: {len(nodes)} concepts for {len(dataset.class_names)} classes")
         classes = class_embeddings(model, list(dataset.class_names), list(dataset.prompts), f"{name}: prompts")
-        images, labels = image_features(model, dataset.samples, self.transform, self.loading, name)
+        images, labels = image_features(model, dataset.samples, self.transform(model), self.loading, name)
         guesses = nearest(model, images, classes, 1)[:, 0].tolist()
         try:
             return hierarchical_metrics(

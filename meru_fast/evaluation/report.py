@@ -2,7 +2,6 @@
 
 import argparse
 import base64
-import csv
 import io
 import sys
 from collections.abc import Iterable, Sequence
@@ -27,6 +26,7 @@ from meru_fast.evaluation.transforms import EvalTransform
 from meru_fast.evaluation.traversal import ROOT, input_size, load_model, load_pool, traverse
 
 PACKAGES = ("meru_fast", "torch", "triton", "deepspeed", "timm", "numpy")
+GOLDEN = (5**0.5 - 1) / 2
 THUMBNAIL = 160  # longer side in pixels of a picture in the page
 
 
@@ -75,10 +75,13 @@ class Gallery:
         return self.images[index][0].convert("RGB")
 
     def sample(self, count: int) -> list[int]:
-        """Positions of `count` images (or all), spread evenly, each with another most specific caption."""
-        distinct = list({rungs[-1]: index for index, rungs in enumerate(self.rungs)}.values())
-        count = min(count, len(distinct))
-        return [distinct[(2 * step + 1) * len(distinct) // (2 * count)] for step in range(count)]
+        """Positions of `count` images (or all), spread evenly, no two with the same most specific caption."""
+        chosen: dict[int, int] = {}
+        for step in range(len(self.rungs)):  # multiples of the golden ratio fall evenly however many are taken
+            index = int(step * GOLDEN % 1 * len(self.rungs))
+            if len(chosen) < count:
+                chosen.setdefault(self.rungs[index][-1], index)
+        return sorted(chosen.values())
 
 
 @dataclass
@@ -133,14 +136,14 @@ class Portrait:
     def training(self) -> Panel | None:
         from meru_fast.evaluation import figures
 
-        log = read_log(self.subject.run)
+        log = figures.read_log(self.subject.run) if self.subject.run else {}
         if not log:
             return None
         text = (
-            "Left: parts of the loss at each logged step (pale) and their running mean. Right: the learned curvature, "
-            f"and how far images and captions of the batch lie from the root. {int(log['step'][-1]):,} steps."
+            f"Parts of the loss at the logged steps (pale) and their running mean, {int(log['step'][-1]):,} steps. "
+            "Beside them the learned curvature, and how far images and captions of the batch lie from the root."
         )
-        return Panel(figures.loss_curves(log, self.salt + "loss"), text)
+        return Panel(figures.loss_curves(log, salt=self.salt + "loss"), text)
 
     def radius_histogram(self) -> Panel:
         from meru_fast.evaluation import figures
@@ -150,15 +153,15 @@ class Portrait:
         images = self.radii(self.images).cpu().numpy()
         unit = "geodesic" if self.hyperbolic else "radians"
         means = ", ".join(f"{name} {values.mean():.2f}" for name, values in {**groups, "images": images}.items())
-        return Panel(figures.radius_histogram(images, groups, unit, self.salt + "radius"), f"Means: {means}.")
+        return Panel(figures.radius_histogram(images, groups, unit, salt=self.salt + "radius"), f"Means: {means}.")
 
     def disk(self) -> Panel:
         from meru_fast.evaluation import figures
 
         images, captions = cones.disk_positions(self.model, self.root, self.images, self.captions)
-        shown = self.gallery.sample(14)
+        shown = self.gallery.sample(20)
         ladders = [self.gallery.rungs[index] for index in shown]
-        named = dict.fromkeys(rung for ladder in ladders for rung in ladder[:-1][:3])
+        named = dict.fromkeys(rung for ladder in ladders for rung in ladder[:3])
         farthest = max(self.radii(self.images).max().item(), self.radii(self.captions).max().item())
         step = 0.5 if farthest < 3 else 1.0
         distances = [step * number for number in range(1, int(farthest / step) + 1)]
@@ -168,9 +171,9 @@ class Portrait:
             captions.cpu().numpy(),
             [(index, self.gallery.picture(index)) for index in shown],
             ladders,
-            {rung: self.gallery.captions[rung] for rung in list(named)[:12]},
+            {rung: self.gallery.captions[rung] for rung in named},
             rings,
-            self.salt + "disk",
+            salt=self.salt + "disk",
         )
         kind = "Poincaré disk" if self.hyperbolic else "Sphere, seen from its root"
         return Panel(
@@ -216,7 +219,7 @@ class Portrait:
         return Panel(
             self._sheet(rows),
             "The images that lie deepest in the entailment cone of a caption, with the exterior angle at the caption. "
-            "Framed: the caption is true of the image.",
+            "Framed: it is one of the image's own captions.",
         )
 
     def traversals(self, count: int = 8) -> Panel:
@@ -332,7 +335,7 @@ def sections(portraits: Sequence[Portrait]) -> list[Section]:
             False,
         ),
         ("The map", "Every image and caption, seen from the root.", Portrait.disk, True),
-        ("Retrieval", "Captions the model has not seen with these images.", Portrait.retrieval, True),
+        ("Retrieval", "The nearest images of a caption, all held out.", Portrait.retrieval, True),
         (
             "Traversals",
             "Walking from an image towards the root, captions become more general until nothing is left to say.",
@@ -413,21 +416,6 @@ def data_uri(picture: Image.Image) -> str:
     content = io.BytesIO()
     picture.save(content, "JPEG", quality=88)
     return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
-
-
-def read_log(run: Path | None) -> dict[str, list[float]]:
-    """Numeric columns of a run's metrics.csv; empty if there is none."""
-    if run is None or not (run / "metrics.csv").is_file():
-        return {}
-    with (run / "metrics.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    columns: dict[str, list[float]] = {}
-    for name in rows[0] if rows else ():
-        try:
-            columns[name] = [float(row[name]) for row in rows]
-        except ValueError:  # a column of text, or one that not every row has
-            continue
-    return columns
 
 
 def describe(model: nn.Module) -> str:

@@ -208,5 +208,4 @@ def load_model(path: str, train_config: str | None, device: str | None) -> tuple
 
 def input_size(model: nn.Module) -> int:
     """Side in pixels of the square images that the model's encoder was built for."""
-    patches = getattr(model.visual, "patch_embed", None)
-    return patches.img_size[0] if patches is not None else 224
+    return model.visual.patch_embed.img_size[0]
