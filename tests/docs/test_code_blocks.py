@@ -42,6 +42,12 @@ def test_few_blocks_are_not_run_and_each_says_why():
     assert len(found) <= MAX_NOT_RUN, "\n".join(f"{page}:{block.line}: {block.no_run}" for page, block in found)
 
 
+@pytest.mark.parametrize("page", pages(), ids=name)
+def test_fences_name_a_language_and_nothing_else(page):
+    """The site would print a fence with options as plain text; the mark above it is <!-- no-run: reason -->."""
+    assert re.findall(r"^ *```\w* [^\n]*", page.read_text(), re.MULTILINE) == []
+
+
 def commands(block: Block) -> list[list[str]]:
     """The commands of a shell block as words; continuation lines joined, comments and prompts dropped."""
     joined = re.sub(r"\\\n\s*", " ", block.code)
