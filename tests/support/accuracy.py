@@ -55,11 +55,13 @@ def assert_contract(
     reference: Callable[..., Tensor],
     inputs: list[Tensor],
     floors: dict[int, float] | None = None,
+    relative: float = FLOOR,
 ) -> None:
     """``op`` against ``reference`` in the dtype of the inputs and in fp64, value and every gradient.
 
     Args:
         floors: by position (0 the value, 1.. the gradients), an absolute error that is allowed on top.
+        relative: error allowed on top, relative to the size of the result.
     """
     wide = [value.double() for value in inputs]
     exact = outcome(reference, wide)
@@ -71,7 +73,7 @@ def assert_contract(
         assert mine.isfinite().all(), f"result {position} is not finite"
         size = scale_of(reference, wide, position, truth)
         error, bound = (0.0 if not truth.numel() else (v.double() - truth).abs().max().item() for v in (mine, torch_))
-        allowed = 2 * bound + FLOOR * size + (floors or {}).get(position, 0.0)
+        allowed = 2 * bound + relative * size + (floors or {}).get(position, 0.0)
         if mine.dtype in (torch.bfloat16, torch.float16):
             allowed += BF16_STORE * size
         assert error <= allowed, f"result {position}: error {error:.2e}, PyTorch {bound:.2e}, size {size:.2e}"
