@@ -184,8 +184,8 @@ def _prepare(curv: Scalar, *points: Tensor) -> tuple:
 
 def _unit(curv: Scalar, *points: Tensor) -> tuple:
     """``_prepare``, then move the points to the unit hyperboloid."""
-    root, *points = _prepare(curv, *points)
-    return root, *(root * point for point in points)
+    root, *wide = _prepare(curv, *points)
+    return root, *(root * point for point in wide)
 
 
 def check_points(*points: Tensor) -> None:

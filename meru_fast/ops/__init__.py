@@ -4,9 +4,11 @@ The functions of ``meru_fast.lorentz`` under the same names, plus the losses and
 """
 
 from meru_fast.ops.backend import BackendError, active_backend, backend_report, set_backend, use_backend
+from meru_fast.ops.contrastive import contrastive_loss
 from meru_fast.ops.distance import elementwise_dist, elementwise_inner, pairwise_dist, pairwise_inner
 from meru_fast.ops.entailment import entailment_loss, half_aperture, oxy_angle, pairwise_oxy_angle
 from meru_fast.ops.exp_map import exp_map0, log_map0
+from meru_fast.ops.meru import meru_loss
 from meru_fast.ops.topk import topk
 
 __all__ = [
@@ -29,15 +31,3 @@ __all__ = [
     "topk",
     "use_backend",
 ]
-
-
-def __getattr__(name: str):
-    if name == "contrastive_loss":
-        from meru_fast.ops.contrastive import contrastive_loss
-
-        return contrastive_loss
-    if name == "meru_loss":
-        from meru_fast.ops.meru import meru_loss
-
-        return meru_loss
-    raise AttributeError(name)
