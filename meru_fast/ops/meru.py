@@ -4,6 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from meru_fast.distributed import mean_over_ranks, sum_gradient
+
 from .contrastive import as_scalar, contrastive_loss
 from .entailment import entailment_loss
 from .exp_map import exp_map0
@@ -46,44 +48,13 @@ def meru_loss(
         for name, value in (("visual_alpha", visual_alpha), ("textual_alpha", textual_alpha), ("curv", curv))
     ]
     curv = scalars[2]
-    if group is not None:  # these act on this rank's rows only, so their gradients are parts of a sum
-        scalars = list(_SumGradient.apply(torch.stack([value.to(dtype) for value in scalars]), group).unbind())
+    # These act on this rank's rows only, so their gradients are parts of a sum.
+    scalars = list(sum_gradient(torch.stack([value.to(dtype) for value in scalars]), group).unbind())
     scale_x, scale_y, local_curv = scalars
     image = exp_map0(image_raw.to(dtype), local_curv, scale=scale_x)
     text = exp_map0(text_raw.to(dtype), local_curv, scale=scale_y)
     contrastive = contrastive_loss(image, text, curv, logit_scale, precision=precision, group=group)
     entailment = entailment_loss(text, image, local_curv, min_radius=min_radius)
-    if group is not None:
-        entailment = _MeanOverRanks.apply(entailment, group)
+    entailment = mean_over_ranks(entailment, group)
     loss = contrastive + entail_weight * entailment if entail_weight else contrastive
     return loss, contrastive.detach(), entailment.detach()
-
-
-class _SumGradient(torch.autograd.Function):
-    """The identity; gradients are summed over the group."""
-
-    @staticmethod
-    def forward(ctx, values: Tensor, group: "dist.ProcessGroup") -> Tensor:
-        ctx.group = group
-        return values.clone()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
-
-
-class _MeanOverRanks(torch.autograd.Function):
-    """Mean of a value over the group; each rank gets the gradient of its own value."""
-
-    @staticmethod
-    def forward(ctx, value: Tensor, group: "dist.ProcessGroup") -> Tensor:
-        ctx.size = dist.get_world_size(group)
-        total = value.clone()
-        dist.all_reduce(total, group=group)
-        return total / ctx.size
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad / ctx.size, None
