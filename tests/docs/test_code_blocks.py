@@ -84,6 +84,11 @@ def test_shell_blocks_name_only_what_exists(page):
     assert not faults
 
 
+def test_the_table_of_commands_is_complete():
+    table = re.findall(r"^\| `(\w+)` \| (.*) \|$", (ROOT / "docs" / "commands.md").read_text(), re.MULTILINE)
+    assert table == [(name, what) for name, (what, _) in COMMANDS.items()]
+
+
 def test_the_shell_check_can_fail():
     assert missing(["python", "scripts/trian.py"]) == ["scripts/trian.py"]
     assert missing(["python", "-m", "meru_fast.nothing"]) == ["meru_fast.nothing"]

@@ -15,16 +15,17 @@ JUNK = shutil.ignore_patterns("__pycache__", "*.pyc")
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built without network or isolation, from a copy, so that no build folder is left in the checkout."""
+    """Built from the source archive that was built from a copy of the checkout, without network or isolation."""
     source = tmp_path_factory.mktemp("source")
     for name in SOURCES:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, source / name, ignore=JUNK)
         else:
             shutil.copy(ROOT / name, source / name)
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", "dist"]
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", "dist"]
     run = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
+    assert len(list((source / "dist").glob("*.tar.gz"))) == 1
     return next((source / "dist").glob("*.whl"))
 
 
