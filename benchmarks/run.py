@@ -3,6 +3,8 @@
 python -m benchmarks.run                            everything that this machine can measure
 python -m benchmarks.run --only contrastive         files whose name contains a word
 python -m benchmarks.run --only meru_loss -- -k 65536
+
+Whole training steps, loaders and evaluations are commands of their own: python -m benchmarks.bench_train_step --help
 """
 
 import argparse
@@ -33,8 +35,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def files(words: Sequence[str]) -> list[str]:
-    """The benchmark files whose name contains one of the words; all without words."""
-    found = sorted(FOLDER.glob("bench_*.py"))
+    """The files of the suite whose name contains one of the words; all without words."""
+    found = [path for path in sorted(FOLDER.glob("bench_*.py")) if "as_test()" in path.read_text()]
     chosen = [str(path) for path in found if not words or any(word in path.stem for word in words)]
     if not chosen:
         names = ", ".join(path.stem.removeprefix("bench_") for path in found)

@@ -9,8 +9,7 @@ import torch
 from benchmarks import harness
 
 CPU = torch.device("cpu")
-FILES = sorted((Path(__file__).parents[2] / "benchmarks").glob("bench_*.py"))
-MODULES = [importlib.import_module(f"benchmarks.{path.stem}") for path in FILES]
+MODULES = [importlib.import_module(f"benchmarks.{Path(path).stem}") for path in run.files([])]
 OPS = [value for module in MODULES for value in vars(module).values() if isinstance(value, harness.Op)]
 
 
