@@ -1,11 +1,10 @@
-"""Batches by number: the map-style dataset that loader workers run.
+"""Batches by number: what loader workers run.
 
 `dataset[step]` is this rank's part of global batch `step`, a pure function of (seed, step): the order, the crops, the
 caption prefixes and the replacements of bad samples are all computed from the numbers, never drawn from a state.
 """
 
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -13,7 +12,6 @@ import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
 
 from meru_fast.data import captions, decode, keyed, order
 from meru_fast.data.errors import BadSampleError, DataError
@@ -117,7 +115,7 @@ class Mixture:
         return len(self.samples) // self.quota
 
 
-class TrainingSet(Dataset):
+class TrainingSet:
     """This rank's part of every global batch. See the module's text.
 
     Args:
@@ -146,8 +144,7 @@ class TrainingSet(Dataset):
         self.context_length = context_length
         self.for_dali = for_dali
         self.tokenizer = Tokenizer()
-        # What each worker is at: process id, step, set, sample. Shared memory, read when one dies or stalls.
-        self.heartbeat = torch.zeros(0, 4, dtype=torch.int64)
+        self.on_sample: Callable[[int, int, int], None] | None = None  # told (step, source, sample) before each read
 
     @property
     def batch_size(self) -> int:
@@ -165,6 +162,13 @@ class TrainingSet(Dataset):
         images = torch.stack(pixels) if pixels else torch.empty(0, 3, self.image_size, self.image_size).byte()
         tokens = self._tokenize([row.text for row in rows])
         return LocalBatch(step, images, tokens, [row.key for row in rows], origins, _encoded(rows), defects)
+
+    def warm_up(self) -> None:
+        """Load vocabularies and word counts in this process, so that the workers it forks share one copy."""
+        self.tokenizer("warm up")
+        for part in self.mixture:
+            if subreddit := part.samples.example_subreddit():
+                captions.segment(subreddit)
 
     def origins(self, step: int, prefetch: bool = True) -> list[Origin]:
         """What this rank takes from global batch `step`, before any replacement."""
@@ -215,7 +219,8 @@ class TrainingSet(Dataset):
             if attempt:
                 key = (part.seed, origin.epoch, origin.sample, keyed.REPLACEMENT, attempt)
                 sample = int(keyed.bits(*key) % np.uint64(len(part.samples)))
-            self._beat(step, origin.set, sample)
+            if self.on_sample:
+                self.on_sample(step, origin.set, sample)
             try:
                 if bad and not attempt:
                     raise BadSampleError(bad)
@@ -242,10 +247,6 @@ class TrainingSet(Dataset):
 
     def _tokenize(self, texts: list[str]) -> PackedTokens:
         return PackedTokens.from_list(self.tokenizer(texts), self.context_length)
-
-    def _beat(self, step: int, source: int, sample: int) -> None:
-        if worker := get_worker_info():
-            self.heartbeat[worker.id] = torch.tensor([os.getpid(), step, source, sample])
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

@@ -49,10 +49,10 @@ MAX_MEMBER = 2**32 - 1
 NO_IMAGE, NO_TEXT, DUPLICATE, TRUNCATED, EMPTY_IMAGE, TOO_LARGE = (1 << bit for bit in range(6))
 TXT = 1 << 7  # the caption is a .txt member, not .json: no defect
 DEFECTS = {
+    TRUNCATED: "the shard ends inside this sample",
     NO_IMAGE: "no image member",
     NO_TEXT: "no caption member (.json or .txt)",
     DUPLICATE: "key occurs twice in its shard",
-    TRUNCATED: "the shard ends inside this sample",
     EMPTY_IMAGE: "image of zero bytes",
     TOO_LARGE: "member of 4 GiB or more",
 }

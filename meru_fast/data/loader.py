@@ -2,10 +2,7 @@
 
 import importlib.util
 import logging
-import multiprocessing
 import os
-import signal
-import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
 
 from meru_fast.data import captions, keyed
 from meru_fast.data.dataset import LocalBatch, Mixture, TrainingSet
@@ -22,12 +18,13 @@ from meru_fast.data.index import open_shards
 from meru_fast.data.order import BLOCK_SAMPLES, WINDOW_SAMPLES, EpochOrder
 from meru_fast.data.samples import Samples, ShardSamples, SyntheticSamples
 from meru_fast.data.stage import DeviceStage
+from meru_fast.data.workers import Workers
 from meru_fast.tokenizer import CONTEXT_LENGTH, PackedTokens
 
 log = logging.getLogger(__name__)
 
 DECODERS = ("auto", "pil", "dali")
-TIMEOUT = 55  # seconds without a batch before a worker counts as stalled
+TIMEOUT = 55.0  # seconds without a batch before a worker counts as stalled
 JUDGE_AFTER = 1000  # samples that must have been seen before a share of bad ones means anything
 MAX_LOGGED = 1000
 
@@ -82,6 +79,7 @@ class Loader:
         self._reasons: Counter[str] = Counter()
         self._logged: set[tuple[str, str]] = set()
         self._running: Iterator[Batch] | None = None
+        self._workers: Workers | None = None
         self._stage: DeviceStage | None = None
 
     def __iter__(self) -> Iterator[Batch]:
@@ -131,22 +129,24 @@ class Loader:
 
     def _batches(self) -> Iterator[Batch]:
         # Workers first: they fork, and DALI starts threads.
-        workers = _Workers(self.dataset, self._step, self.num_workers, self.timeout, pin=self.device.type == "cuda")
+        self._workers = Workers(
+            self.dataset, self._step, self.num_workers, self.timeout, pin=self.device.type == "cuda"
+        )
         self._stage = self._new_stage()
         try:
-            ahead = self._start(workers)
+            ahead = self._start()
             while True:
                 batch = ahead
                 images = self._stage.finish(batch)
                 self._account(batch)
-                ahead = self._start(workers)
+                ahead = self._start()
                 self._step = batch.step + 1
                 yield Batch(images, batch.tokens, batch.keys, batch.step // self.batches_per_epoch, batch.step)
         finally:
-            workers.close()
+            self._workers.close()
 
-    def _start(self, workers: "_Workers") -> LocalBatch:
-        batch = next(workers)
+    def _start(self) -> LocalBatch:
+        batch = next(self._workers)
         self._stage.start(batch)
         return batch
 
@@ -182,97 +182,6 @@ _RESUME_HINTS = {
     "batch_size": "Give the global batch size of the first run; ranks and workers may change.",
     "fingerprint": "The shards (names, contents, weights) must be those of the first run.",
 }
-
-
-class _Steps(Sampler[int]):
-    """Step numbers without end."""
-
-    def __init__(self, start: int):
-        self.start = start
-
-    def __iter__(self) -> Iterator[int]:
-        step = self.start
-        while True:
-            yield step
-            step += 1
-
-
-class _Workers:
-    """Torch's worker processes, with names for those that die or stall."""
-
-    def __init__(self, dataset: TrainingSet, start: int, num_workers: int, timeout: float, pin: bool):
-        self.dataset = dataset
-        self.timeout = timeout
-        dataset.heartbeat = torch.zeros(num_workers, 4, dtype=torch.int64).share_memory_()
-        loader = DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=_Steps(start),
-            num_workers=num_workers,
-            collate_fn=_unchanged,
-            timeout=timeout if num_workers else 0,
-            pin_memory=pin,
-            worker_init_fn=_start_worker,
-            generator=torch.Generator(),  # else starting workers would advance the trainer's random state
-        )
-        # Torch would have SIGCHLD raise a nameless error wherever the trainer happens to be. Its own polling finds a
-        # dead worker when the next batch is due, which is where we can name it.
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        handler = signal.getsignal(signal.SIGCHLD)
-        self._batches = iter(loader)
-        if in_main_thread and handler is not None:
-            signal.signal(signal.SIGCHLD, handler)
-
-    def __next__(self) -> LocalBatch:
-        try:
-            return next(self._batches)
-        except RuntimeError as error:
-            if isinstance(error, DataError) or not len(self.dataset.heartbeat):
-                raise
-            report = self._diagnose(str(error))
-            self._kill()
-            raise report from error
-
-    def close(self) -> None:
-        del self._batches  # torch ends its workers with its iterator
-
-    def _diagnose(self, message: str) -> DataError:
-        """Say which worker is at fault, and what it was doing."""
-        alive = {child.pid for child in multiprocessing.active_children()}
-        beats = self.dataset.heartbeat.tolist()
-        dead = [index for index, (pid, *_) in enumerate(beats) if pid and pid not in alive]
-        if dead:
-            what = "; ".join(self._describe(index, "died (killed, or out of memory?)") for index in dead)
-        elif "timed out" in message:
-            slowest = min(range(len(beats)), key=lambda index: beats[index][1])
-            what = self._describe(slowest, f"has delivered nothing for {self.timeout:g} s (slow or hanging storage?)")
-        else:
-            what = "a loader worker failed"
-        return DataError(f"{what}. {message}")
-
-    def _describe(self, index: int, state: str) -> str:
-        pid, step, source, sample = self.dataset.heartbeat[index].tolist()
-        shard, key = self.dataset.mixture[source].samples.name(sample)
-        return f"loader worker {index} (pid {pid}) {state}; it was at step {step}, sample {key} of {shard}"
-
-    def _kill(self) -> None:
-        """A stopped worker ignores polite requests, and would keep the interpreter from ending."""
-        pids = set(self.dataset.heartbeat[:, 0].tolist())
-        for child in multiprocessing.active_children():
-            if child.pid in pids:
-                child.kill()
-
-
-def _unchanged(batch: LocalBatch) -> LocalBatch:
-    return batch
-
-
-def _start_worker(index: int) -> None:
-    dataset = torch.utils.data.get_worker_info().dataset
-    dataset.heartbeat[index, 0] = os.getpid()
-    for part in dataset.mixture:
-        part.samples.reopen()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
 
 
 def build_loader(

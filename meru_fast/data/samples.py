@@ -1,5 +1,6 @@
 """Where samples come from: a set of shards, or nowhere at all (synthetic)."""
 
+import contextlib
 from typing import NamedTuple
 
 import numpy as np
@@ -47,6 +48,13 @@ class ShardSamples:
     def name(self, sample: int) -> tuple[str, str]:
         """Shard and key, for messages."""
         return self.shards.paths[self.shards.shard_of(sample)], self.shards.key(sample)
+
+    def example_subreddit(self) -> str | None:
+        """The subreddit of a first sample, if these have any."""
+        for sample in range(min(10, len(self))):
+            with contextlib.suppress(BadSampleError):
+                return self.read(sample).caption.subreddit
+        return None
 
     def prefetch(self, order: EpochOrder, epoch: int, slots: np.ndarray) -> None:
         """Announce whole blocks that are about to be read, so that the disk reads them in one go."""
@@ -104,6 +112,9 @@ class SyntheticSamples:
 
     def reopen(self) -> None:
         """Nothing is open."""
+
+    def example_subreddit(self) -> None:
+        """There are none."""
 
     def prefetch(self, order: EpochOrder, epoch: int, slots: np.ndarray) -> None:
         """Nothing to read ahead."""

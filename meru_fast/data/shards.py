@@ -12,7 +12,7 @@ MAX_OPEN_SHARDS = 128
 
 def is_remote(path: str) -> bool:
     """Whether fsspec, and not the local file system, opens this path."""
-    return "://" in path and not path.startswith("file://")
+    return "://" in path
 
 
 def split_folder(path: str) -> tuple[str, str]:
@@ -32,7 +32,8 @@ def patterns(shards: str | os.PathLike | Iterable) -> list[str]:
         return [pattern for item in shards for pattern in patterns(item)]
     from braceexpand import braceexpand
 
-    return [os.path.expanduser(p.removeprefix("file://")) for part in _split_joined(shards) for p in braceexpand(part)]
+    expanded = (pattern for part in _split_joined(shards) for pattern in braceexpand(part))
+    return [os.path.expanduser(pattern.removeprefix("file://")) for pattern in expanded]
 
 
 def _split_joined(spec: str) -> Iterator[str]:
