@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import harness
+from benchmarks import harness, run
 
 CPU = torch.device("cpu")
 MODULES = [importlib.import_module(f"benchmarks.{Path(path).stem}") for path in run.files([])]
