@@ -163,6 +163,8 @@ def guess_model(state: Mapping[str, Tensor]) -> DictConfig:
         ),
         "embed_dim": embed_dim,
     }
+    if "logit_bias" in state:
+        arguments["pair_loss"] = "sigmoid"
     if "curv" not in state:
         return LazyCall("meru_fast.models.CLIP")(**arguments)
     curv = math.exp(float(state["curv"]))

@@ -13,11 +13,16 @@ from torch import Tensor, nn
 
 from meru_fast import checkpoint, ops
 from meru_fast.distributed import get_world_size, scale_gradient
+from meru_fast.models.losses import sigmoid_loss
 from meru_fast.models.recipe import from_recipe, recipe_of
 from meru_fast.tokenizer import PackedTokens
 
 _DOWNLOAD_ARGUMENTS = ("revision", "cache_dir", "force_download", "local_files_only", "token")
 HUB_CARD = {"library_name": "meru_fast", "pipeline_tag": "zero-shot-image-classification", "tags": ["hyperbolic"]}
+PAIR_LOSSES = ("softmax", "sigmoid")
+# SigLIP starts from the scale 10 and from logits of -10, near the share of true pairs among all.
+SIGMOID_SCALE, SIGMOID_LOGIT = 10.0, -10.0
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -36,6 +41,8 @@ class CLIP(nn.Module, PyTorchModelHubMixin, coders={nn.Module: (recipe_of, from_
         embed_dim: size D of the joint embedding.
         pixel_mean, pixel_std: normalisation of images in [0, 1].
         precision: of the fused loss, ``"highest"``, ``"high"`` or ``"medium"`` (see ``meru_fast.ops``).
+        pair_loss: ``"softmax"`` for the symmetric cross-entropy, ``"sigmoid"`` for that of SigLIP (arXiv:2303.15343),
+            which adds the parameter ``logit_bias``.
     """
 
     geometry = "cosine"
@@ -48,10 +55,13 @@ class CLIP(nn.Module, PyTorchModelHubMixin, coders={nn.Module: (recipe_of, from_
         pixel_mean: Sequence[float] = IMAGENET_MEAN,
         pixel_std: Sequence[float] = IMAGENET_STD,
         precision: str = "high",
+        pair_loss: str = "softmax",
     ):
         super().__init__()
+        if pair_loss not in PAIR_LOSSES:
+            raise ValueError(f"pair_loss is one of {', '.join(PAIR_LOSSES)}, got {pair_loss!r}")
         self.visual, self.textual = visual, textual
-        self.embed_dim, self.precision = embed_dim, precision
+        self.embed_dim, self.precision, self.pair_loss = embed_dim, precision, pair_loss
         self.visual_proj = nn.Linear(visual.width, embed_dim, bias=False)
         self.textual_proj = nn.Linear(textual.width, embed_dim, bias=False)
         nn.init.normal_(self.visual_proj.weight, std=visual.width**-0.5)
@@ -59,12 +69,20 @@ class CLIP(nn.Module, PyTorchModelHubMixin, coders={nn.Module: (recipe_of, from_
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean, dtype=torch.float32).view(-1, 1, 1))
         self.register_buffer("pixel_std", torch.tensor(pixel_std, dtype=torch.float32).view(-1, 1, 1))
         self.scalar_bounds: dict[str, tuple[float, float]] = {}
-        self._add_scalar("logit_scale", math.log(1 / 0.07), high=math.log(100))
+        scale = 1 / 0.07 if pair_loss == "softmax" else SIGMOID_SCALE
+        self._add_scalar("logit_scale", math.log(scale), high=math.log(100))
+        if pair_loss == "sigmoid":
+            self.logit_bias = nn.Parameter(torch.tensor([SIGMOID_LOGIT]))  # linear and without bounds
         self.register_state_dict_post_hook(_scalars_to_0dim)
         self.register_load_state_dict_pre_hook(_scalars_to_1dim)
 
-    def _add_scalar(self, name: str, value: float, low: float = -math.inf, high: float = math.inf) -> None:
-        self.register_parameter(name, nn.Parameter(torch.tensor([value])))
+    def _add_scalar(
+        self, name: str, value: float, low: float = -math.inf, high: float = math.inf, learn: bool = True
+    ) -> None:
+        if learn:
+            self.register_parameter(name, nn.Parameter(torch.tensor([value])))
+        else:  # not a frozen parameter: those are partitioned by ZeRO, and a schedule could not set them
+            self.register_buffer(name, torch.tensor([value]))
         self.scalar_bounds[name] = (low, high)
 
     @property
@@ -146,10 +164,19 @@ class CLIP(nn.Module, PyTorchModelHubMixin, coders={nn.Module: (recipe_of, from_
             image = self.project_image(self._for_engine(image_feats))
             text = self.project_text(self._for_engine(text_feats))
             logit_scale = self.scalar("logit_scale")
-            loss = ops.contrastive_loss(
-                image, text, 1.0, logit_scale, geometry=self.geometry, precision=self.precision, group=_group()
-            )
-        return {"loss": loss, "logging": {"contrastive_loss": loss.detach(), "logit_scale": logit_scale.detach()[0]}}
+            loss = self._pair_loss(image, text, 1.0, logit_scale)
+        logging = {"contrastive_loss": loss.detach(), "logit_scale": logit_scale.detach()[0]}
+        return {"loss": loss, "logging": logging | self._bias()}
+
+    def _pair_loss(self, image: Tensor, text: Tensor, curv: Tensor | float, logit_scale: Tensor) -> Tensor:
+        """The chosen loss of embeddings [b, D], over the joint batch of all ranks."""
+        where = {"geometry": self.geometry, "group": _group()}
+        if self.pair_loss == "sigmoid":
+            return sigmoid_loss(image, text, curv, logit_scale, _full_precision(self.logit_bias), **where)
+        return ops.contrastive_loss(image, text, curv, logit_scale, precision=self.precision, **where)
+
+    def _bias(self) -> dict[str, Tensor]:
+        return {"logit_bias": self.logit_bias.detach()[0]} if self.pair_loss == "sigmoid" else {}
 
     def _save_pretrained(self, save_directory: Path) -> None:
         checkpoint.save_export(save_directory, self.state_dict(), self.hub_config())
@@ -204,7 +231,7 @@ def _no_autocast(x: Tensor) -> torch.autocast:
 
 
 def _scalars_to_0dim(module: CLIP, state_dict: dict, prefix: str, local_metadata: dict) -> None:
-    for name in module.scalar_bounds:
+    for name in (*module.scalar_bounds, "logit_bias"):
         value = state_dict.get(f"{prefix}{name}")
         # Live parameters (keep_vars) stay what they are, and the empty stand-ins of ZeRO stage 3 have no value.
         if value is not None and value.numel() == 1 and not isinstance(value, nn.Parameter):
@@ -212,7 +239,7 @@ def _scalars_to_0dim(module: CLIP, state_dict: dict, prefix: str, local_metadata
 
 
 def _scalars_to_1dim(module: CLIP, state_dict: dict, prefix: str, *_unused) -> None:
-    for name in module.scalar_bounds:
+    for name in (*module.scalar_bounds, "logit_bias"):
         value = state_dict.get(f"{prefix}{name}")
         if value is not None and value.numel() == 1:
             state_dict[f"{prefix}{name}"] = value.reshape(1)

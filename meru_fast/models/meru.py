@@ -7,7 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from meru_fast import lorentz, ops
-from meru_fast.models.clip import CLIP, IMAGENET_MEAN, IMAGENET_STD, _full_precision, _group, _no_autocast
+from meru_fast.distributed import mean_over_ranks, sum_gradient
+from meru_fast.models.clip import (
+    CLIP,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    SIGMOID_LOGIT,
+    SIGMOID_SCALE,
+    _full_precision,
+    _group,
+    _no_autocast,
+)
 from meru_fast.models.recipe import from_recipe, recipe_of
 
 
@@ -15,11 +25,13 @@ class MERU(CLIP, coders={nn.Module: (recipe_of, from_recipe)}):
     """Encoders as in CLIP; their features are scaled, lifted to the hyperboloid and compared by geodesic distance.
 
     Args:
-        visual, textual, embed_dim, pixel_mean, pixel_std, precision: see ``CLIP``.
+        visual, textual, embed_dim, pixel_mean, pixel_std, precision, pair_loss: see ``CLIP``.
         curv_init: initial curvature c (the hyperboloid has curvature -c); it stays within a factor 10 of this.
         learn_curv: whether the curvature is learned.
         entail_weight: weight of the entailment loss (eq. 8 of the paper); 0 leaves it out of the loss.
         min_radius: K of the half aperture (eq. 6), below which a point has no cone.
+        final_curv: curvature at the end of training, geometrically interpolated (with ``learn_curv=False``).
+        final_min_radius: ``min_radius`` at the end of training, linearly interpolated.
     """
 
     geometry = "lorentz"
@@ -36,14 +48,24 @@ class MERU(CLIP, coders={nn.Module: (recipe_of, from_recipe)}):
         pixel_mean: Sequence[float] = IMAGENET_MEAN,
         pixel_std: Sequence[float] = IMAGENET_STD,
         precision: str = "high",
+        pair_loss: str = "softmax",
+        final_curv: float | None = None,
+        final_min_radius: float | None = None,
     ):
-        super().__init__(visual, textual, embed_dim, pixel_mean, pixel_std, precision)
-        if curv_init <= 0:
-            raise ValueError(f"curv_init must be positive, got {curv_init}")
+        super().__init__(visual, textual, embed_dim, pixel_mean, pixel_std, precision, pair_loss)
+        for name, value in {"curv_init": curv_init, "final_curv": final_curv, "min_radius": min_radius}.items():
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if final_curv is not None and learn_curv:
+            raise ValueError(f"final_curv={final_curv} is a schedule: it needs learn_curv=False")
         self.entail_weight, self.min_radius = entail_weight, min_radius
-        center, decade = math.log(curv_init), math.log(10)
-        self._add_scalar("curv", center, center - decade, center + decade)
-        self.curv.requires_grad_(learn_curv)
+        self._curv_range = curv_init, curv_init if final_curv is None else final_curv
+        self._min_radius_range = min_radius, min_radius if final_min_radius is None else final_min_radius
+        ends = [math.log(value) for value in self._curv_range]
+        self._add_scalar("curv", ends[0], min(ends) - math.log(10), max(ends) + math.log(10), learn_curv)
+        if pair_loss == "sigmoid":  # features start at right angles and radius 1: that far apart, SigLIP's first logit
+            apart = math.acosh(math.cosh(curv_init**0.5) ** 2) / curv_init**0.5
+            nn.init.constant_(self.logit_bias, SIGMOID_LOGIT + SIGMOID_SCALE * apart)
         self._add_scalar("visual_alpha", math.log(embed_dim**-0.5), high=0.0)
         self._add_scalar("textual_alpha", math.log(embed_dim**-0.5), high=0.0)
 
@@ -64,23 +86,57 @@ class MERU(CLIP, coders={nn.Module: (recipe_of, from_recipe)}):
         with _no_autocast(image_feats):
             return ops.pairwise_inner(image_feats, text_feats, self.scalar("curv"))
 
+    @torch.no_grad()
+    def set_progress(self, fraction: float) -> None:
+        """Set what is scheduled to its value after this fraction (0 to 1) of the training."""
+        start, end = self._min_radius_range
+        self.min_radius = start + fraction * (end - start)
+        start, end = self._curv_range
+        if start != end:
+            self.curv.fill_((1 - fraction) * math.log(start) + fraction * math.log(end))
+
     def loss(self, image_feats: Tensor, text_feats: Tensor) -> dict:
         """``forward`` from the linear features [B, D] of ``encode_*(project=False)``."""
         scalars = {name: self.scalar(name) for name in self.scalar_bounds}
         with _no_autocast(image_feats):
-            loss, contrastive, entailment = ops.meru_loss(
-                self._for_engine(image_feats),
-                self._for_engine(text_feats),
-                **scalars,
-                entail_weight=self.entail_weight,
-                min_radius=self.min_radius,
-                precision=self.precision,
-                group=_group(),
-            )
+            image, text = self._for_engine(image_feats), self._for_engine(text_feats)
+            if self.pair_loss == "softmax":
+                loss, contrastive, entailment = ops.meru_loss(
+                    image,
+                    text,
+                    **scalars,
+                    entail_weight=self.entail_weight,
+                    min_radius=self.min_radius,
+                    precision=self.precision,
+                    group=_group(),
+                )
+            else:
+                loss, contrastive, entailment = self._unfused_loss(image, text, **scalars)
             values = {name: value.detach()[0] for name, value in scalars.items()}
             logging = {"contrastive_loss": contrastive.detach(), "entailment_loss": entailment.detach(), **values}
-            logging |= self._geometry_of(_full_precision(image_feats), _full_precision(text_feats), **values)
+            logging |= self._bias() | self._geometry_of(
+                _full_precision(image_feats), _full_precision(text_feats), **values
+            )
         return {"loss": loss, "logging": logging}
+
+    def _unfused_loss(
+        self,
+        image: Tensor,
+        text: Tensor,
+        curv: Tensor,
+        logit_scale: Tensor,
+        visual_alpha: Tensor,
+        textual_alpha: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``ops.meru_loss`` with the pairwise loss of this model."""
+        scalars = torch.cat([visual_alpha, textual_alpha, curv])
+        visual_alpha, textual_alpha, own_curv = sum_gradient(scalars, _group()).unbind()  # acting on this rank's rows
+        image = ops.exp_map0(image, own_curv, scale=visual_alpha)
+        text = ops.exp_map0(text, own_curv, scale=textual_alpha)
+        contrastive = self._pair_loss(image, text, curv, logit_scale)
+        entailment = mean_over_ranks(ops.entailment_loss(text, image, own_curv, self.min_radius), _group())
+        loss = contrastive + self.entail_weight * entailment if self.entail_weight else contrastive
+        return loss, contrastive, entailment
 
     @torch.no_grad()
     def _geometry_of(

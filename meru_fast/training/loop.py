@@ -259,6 +259,8 @@ class Run:
             window.waited += time.perf_counter() - asked
             watchdog.beat(f"in step {self.step + 1}")
             rate = self.engine.learning_rate
+            if hasattr(self.engine.model, "set_progress"):  # schedules of the model, such as MERU's curvature
+                self.engine.model.set_progress(self.step / settings.num_iterations)
             result = self.engine.step(batch.images, batch.tokens)
             self.step += 1
             window.steps += 1
