@@ -66,7 +66,9 @@ class Side(NamedTuple):
     """One operand of the logits, padded: rows to ``PAD``, components to ``PAD_D``."""
 
     matrix: Tensor  # [n_pad, d_pad] bf16 or fp16, or [n_pad, 2 d_pad] fp16 for [hi | lo]
-    time: Tensor  # fp32 [n_pad, 2]: shifted time (0 in cosine geometry, +-1e30 marks padding), inverse of the row's scale
+    time: (
+        Tensor  # fp32 [n_pad, 2]: shifted time (0 in cosine geometry, +-1e30 marks padding), inverse of the row's scale
+    )
 
 
 class Gradients(NamedTuple):
@@ -281,7 +283,9 @@ def forward_kernel(
             value = _values(acc, a, b_time, row_scale, col_scale, c, LORENTZ, KIND)
             if PAIRS:
                 if (first < (col + 1) * BN) & (last >= col * BN):
-                    value = tl.where((label - col * BN)[:, None] == tl.arange(0, BN)[None, :], pair_value[:, None], value)
+                    value = tl.where(
+                        (label - col * BN)[:, None] == tl.arange(0, BN)[None, :], pair_value[:, None], value
+                    )
             measure = _fast_measure(value, LORENTZ)
             if LORENTZ:
                 top = gain * tl.min(measure, axis=1)
@@ -693,6 +697,8 @@ class TritonEngine:
         scale: 0-dim tensor on the device.
     """
 
+    side = Side
+
     def __init__(self, geometry: str, precision: str, dtype: torch.dtype, curv: Tensor, scale: Tensor) -> None:
         self.lorentz, self.precision = geometry == "lorentz", precision
         plain = precision == "medium" or dtype == torch.bfloat16
@@ -705,7 +711,7 @@ class TritonEngine:
     def prepare(self, image: Tensor, text: Tensor, labels: Tensor | None) -> tuple[Side, Side, Tensor]:
         """Operands of both sides; values, logits and roundings ``[3, b_pad]`` of the given pairs. One launch."""
         (b, width), n = image.shape, len(text)
-        b_pad, n_pad = _padded(b, PAD), _padded(n, PAD)
+        b_pad, n_pad = self.padded(b), self.padded(n)
         left, right = self.empty_side(image, b_pad, width), self.empty_side(text, n_pad, width)
         pair = left.time.new_empty(3, b_pad)
         image, text = _row_contiguous(image), _row_contiguous(text)
@@ -716,6 +722,11 @@ class TritonEngine:
             LORENTZ=self.lorentz, KIND=self.kind, LABELS=labels is not None, D=width, **options,
         )  # fmt: skip
         return left, right, pair
+
+    @staticmethod
+    def padded(rows: int) -> int:
+        """Rows of an operand of that many points."""
+        return _padded(rows, PAD)
 
     def empty_side(self, like: Tensor, rows: int, width: int) -> Side:
         """Room for one operand of ``rows`` padded rows."""
@@ -862,7 +873,7 @@ class TritonEngine:
         d_text = torch.empty(text.shape, dtype=text.dtype, device=text.device)
         d_pair = d_image if labels is None else torch.empty_like(d_image)
         parts = row_gap.new_empty(2 * row_programs)
-        d_curv, d_scale = row_gap.new_empty(2).unbind()
+        d_curv, d_scale = row_gap.new_empty(()), row_gap.new_empty(())
         finish_kernel[(row_programs + text_programs,)](
             image, text, pair if labels is None else labels, left.time, right.time, pair, row_gap, col_gap, reference,
             tiles.left, tiles.right, tiles.row_sums, tiles.col_sums, self.curv, self.scale, upstream,
