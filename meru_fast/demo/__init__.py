@@ -85,6 +85,12 @@ def _train(folder: Path, data: Path, overrides: Sequence[str]) -> Path:
     return run_folder
 
 
+def _device_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_processes()} CPU processes"
+
+
 def _processes() -> int:
     """One process on a GPU (the batch is small), else two on two cores or more."""
     import torch
@@ -110,6 +116,7 @@ def _evaluate(folder: Path, data: Path, run_folder: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     from meru_fast import config
     from meru_fast.evaluation import cones
+    from meru_fast.evaluation.figures import read_log, training_minutes
     from meru_fast.evaluation.report import Gallery, Portrait, Subject
     from meru_fast.evaluation.traversal import load_model
 
@@ -125,6 +132,8 @@ def _evaluate(folder: Path, data: Path, run_folder: Path) -> dict[str, Any]:
     results["image_radius"] = portrait.radii(portrait.images).mean().item()
     results["caption_radius"] = portrait.radii(portrait.captions).mean().item()
     results["curvature"] = cones.curvature(model)
+    log = read_log(run_folder)
+    results |= {"steps": int(log["step"][-1]), "training_minutes": training_minutes(log), "device": _device_name()}
     path.write_text(json.dumps(results, indent=2), encoding="utf-8")
     return results
 
@@ -150,7 +159,7 @@ def _facts(results: dict[str, Any]) -> list[tuple[str, str, str]]:
     chance = 5 / results["scenes"]
     recall = results["scenes/image_retrieval_recall@5"]
     return [
-        (f"{results['digits/acc1']:.1%}", "zero-shot accuracy", "ten handwritten digits; chance is 10 %"),
+        (f"{results['digits/acc1']:.1%}", "zero-shot accuracy", "ten handwritten digits; chance is 10%"),
         (
             f"{recall:.1%}",
             "text to image, recall at 5",
@@ -159,6 +168,7 @@ def _facts(results: dict[str, Any]) -> list[tuple[str, str, str]]:
         (f"{results['scenes/text_retrieval_recall@5']:.1%}", "image to text, recall at 5", "the same scenes"),
         (f"{results['caption_radius']:.2f}", "mean distance of captions", "from the root of the embedding space"),
         (f"{results['image_radius']:.2f}", "mean distance of images", "farther out: they are more specific"),
+        (f"{results['training_minutes']:.1f} min", "of training", f"{results['steps']:,} steps, {results['device']}"),
     ]
 
 

@@ -6,6 +6,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -81,27 +82,39 @@ def read_log(run: Path) -> dict[str, list[float]]:
     return columns
 
 
+def training_minutes(log: Mapping[str, Sequence[float]]) -> float | None:
+    """How long the run took, from the mean time of the steps up to each logged one; None if that is not logged."""
+    if "step_seconds" not in log:
+        return None
+    counts = [step - before for before, step in pairwise([0, *log["step"]])]
+    return sum(count * seconds for count, seconds in zip(counts, log["step_seconds"], strict=True)) / 60
+
+
 @_drawn
 def loss_curves(log: Mapping[str, Sequence[float]]) -> Figure:
-    """Loss parts over steps, and beside them the geometry of hyperbolic models, from the columns of metrics.csv."""
-    scalars = {"curv": ("curvature c", CAPTION_COLOURS[0]), "image_radius": ("mean distance of images", IMAGE_COLOUR)}
-    scalars |= {"text_radius": ("mean distance of captions", CAPTION_COLOURS[1])}
-    logged = [name for name in scalars if name in log]
-    figure, (left, *others) = _axes(8.4, 3.0, columns=2 if logged else 1)
-    steps = log["step"]
+    """Parts of the loss over the steps, from the columns of metrics.csv."""
+    figure, (axes,) = _axes(4.6, 3.0)
     parts = {"contrastive_loss": ("contrastive", IMAGE_COLOUR), "entailment_loss": ("entailment", CAPTION_COLOURS[1])}
     for name, (label, colour) in parts.items():
         if name in log:
-            left.plot(steps, log[name], color=colour, linewidth=1, alpha=0.3)
-            left.plot(steps, _smooth(log[name]), color=colour, linewidth=1.8, label=label)
-    left.set(title="Loss", xlabel="step", ylim=(0, None))
-    left.legend()
-    for right in others:
-        for name in logged:
-            label, colour = scalars[name]
-            right.plot(steps, log[name], color=colour, linewidth=1.8, label=label)
-        right.set(title="Geometry", xlabel="step", ylim=(0, None))
-        right.legend()
+            axes.plot(log["step"], log[name], color=colour, linewidth=1, alpha=0.3)
+            axes.plot(log["step"], _smooth(log[name]), color=colour, linewidth=1.8, label=label)
+    axes.set(title="Loss", xlabel="step", ylim=(0, None))
+    axes.legend()
+    return figure
+
+
+@_drawn
+def geometry_curves(log: Mapping[str, Sequence[float]]) -> Figure:
+    """Curvature, and distances of a batch from the root, over the steps of a hyperbolic model."""
+    figure, (axes,) = _axes(4.6, 3.0)
+    axes.plot(log["step"], log["image_radius"], color=IMAGE_COLOUR, linewidth=1.8, label="mean distance of images")
+    axes.plot(
+        log["step"], log["text_radius"], color=CAPTION_COLOURS[1], linewidth=1.8, label="mean distance of captions"
+    )
+    axes.plot(log["step"], log["curv"], color=CAPTION_COLOURS[0], linewidth=1.8, label="curvature c")
+    axes.set(title="Geometry", xlabel="step", ylim=(0, None))
+    axes.legend()
     return figure
 
 
@@ -115,7 +128,7 @@ def _smooth(values: Sequence[float], window: int = 9) -> np.ndarray:
 @_drawn
 def radius_histogram(images: np.ndarray, captions: Mapping[str, np.ndarray], unit: str) -> Figure:
     """Shares of images and of each group of captions over the distance from the root."""
-    figure, (axes,) = _axes(6.4, 3.0)
+    figure, (axes,) = _axes(5.6, 2.9)
     everything = np.concatenate([images, *captions.values()])
     bins = np.linspace(0, everything.max() * 1.02, 60)
     groups = [(name, values, colour) for (name, values), colour in zip(captions.items(), CAPTION_COLOURS, strict=False)]
@@ -172,9 +185,14 @@ _PAPER = {"facecolor": "#fbfbf9", "edgecolor": "none", "alpha": 0.85, "pad": 0.8
 
 def _pictures_at_rim(axes: Axes, points: np.ndarray, pictures: Sequence[tuple[int, Image.Image]]) -> None:
     """Each picture outside the rim, as near as the others allow to the direction of its point."""
-    order = sorted(pictures, key=lambda item: math.atan2(points[item[0]][1], points[item[0]][0]))
-    wanted = [math.atan2(points[index][1], points[index][0]) for index, _ in order]
-    for (index, picture), angle in zip(order, _spread(wanted, gap=0.17), strict=True):
+    angles = sorted(
+        (math.atan2(points[index][1], points[index][0]), number) for number, (index, _) in enumerate(pictures)
+    )
+    gaps = [angle - before for (before, _), (angle, _) in pairwise([(angles[-1][0] - 2 * math.pi, 0), *angles])]
+    cut = gaps.index(max(gaps))  # the circle is cut open where it is emptiest
+    angles = angles[cut:] + [(angle + 2 * math.pi, number) for angle, number in angles[:cut]]
+    for (_, number), angle in zip(angles, _spread([angle for angle, _ in angles], gap=0.165), strict=True):
+        index, picture = pictures[number]
         place = 1.1 * np.array([math.cos(angle), math.sin(angle)])
         axes.plot(*np.stack([points[index], place]).T, color=IMAGE_COLOUR, linewidth=0.6, alpha=0.5, zorder=2)
         box = OffsetImage(np.asarray(picture.convert("RGB").resize((72, 72))), zoom=0.5)

@@ -139,11 +139,14 @@ class Portrait:
         log = figures.read_log(self.subject.run) if self.subject.run else {}
         if not log:
             return None
-        text = (
-            f"Parts of the loss at the logged steps (pale) and their running mean, {int(log['step'][-1]):,} steps. "
-            "Beside them the learned curvature, and how far images and captions of the batch lie from the root."
-        )
-        return Panel(figures.loss_curves(log, salt=self.salt + "loss"), text)
+        minutes = figures.training_minutes(log)
+        duration = f" in {minutes:.1f} minutes" if minutes else ""
+        text = f"{int(log['step'][-1]):,} steps{duration}. The loss at the logged steps (pale) and its running mean"
+        curves = figures.loss_curves(log, salt=self.salt + "loss")
+        if {"curv", "image_radius", "text_radius"} <= set(log):
+            text += "; the learned curvature, and how far images and captions of a batch lie from the root"
+            curves += figures.geometry_curves(log, salt=self.salt + "geometry")
+        return Panel(f'<div class="pair">{curves}</div>', text + ".")
 
     def radius_histogram(self) -> Panel:
         from meru_fast.evaluation import figures
@@ -177,7 +180,7 @@ class Portrait:
         )
         kind = "Poincaré disk" if self.hyperbolic else "Sphere, seen from its root"
         return Panel(
-            html,
+            f'<div class="map">{html}</div>',
             f"{kind}: {len(images)} images and {len(captions)} captions. The distance from the centre is exact (see "
             "the rings), the angle shows the two directions of largest variation. Lines lead from the root over the "
             "captions of an image, general to specific, to the image.",
@@ -194,7 +197,7 @@ class Portrait:
             )
         return Panel(
             self._sheet(rows),
-            "The nearest images of held-out captions, best first. Framed: an image with this very caption.",
+            "Best first. Framed: an image with this very caption.",
         )
 
     def entailed(self, count: int = 4, k: int = 6) -> Panel | None:

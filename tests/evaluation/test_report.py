@@ -104,6 +104,16 @@ def test_plain_captions_are_ladders_of_one_rung(tmp_path, demo_data):
     assert "tree-induced" not in html
 
 
+def test_captions_are_text_and_never_markup(tmp_path, demo_data):
+    scenes = sorted((demo_data / "scenes").glob("*.png"))[:4]
+    ladders = [["<b>bold</b>", f'<script>alert({number})</script> & "quoted"'] for number in range(4)]
+    html = report.write(tmp_path / "report.html", [Subject("<i>", meru())], Gallery(scenes, ladders)).read_text()
+    Page(html)
+    assert "<script" not in html
+    assert "<b>bold" not in html
+    assert "&lt;script&gt;alert(1)" in html
+
+
 def test_numbers_are_those_of_the_embeddings(gallery):
     with torch.inference_mode():
         portrait = report.Portrait(Subject("", meru()), gallery, gallery.captions, 0)
