@@ -222,7 +222,7 @@ def _group() -> torch.distributed.ProcessGroup | None:
 
 
 def _full_precision(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _no_autocast(x: Tensor) -> torch.autocast:
