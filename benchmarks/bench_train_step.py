@@ -5,11 +5,11 @@
     python -m benchmarks.bench_train_step --config demo_meru --batch 64 --steps 5          a CPU's size
 
 Both sides train on the same synthetic batches in turns, step by step, so that clocks and other load meet them alike.
-Ours: the trainer's engine (DeepSpeed, packed captions, fused loss). Published: fp16 autocast with a loss scaler (fp32 on
-a CPU), captions padded to the longest, unfused attention in the image tower, eager loss with two distance matrices.
+Ours: the trainer's engine (DeepSpeed, packed captions, fused loss). Published: fp16 autocast with a loss scaler (fp32
+on a CPU), captions padded to the longest, unfused attention in the image tower, eager loss with two distance matrices.
 
 FLOP of a step: 3 x forward (backward counts twice; recomputation of activations is work, but not counted).
-Forward, with 2 FLOP per multiply-add, for a transformer of width D, T tokens: 24 T D^2 + 4 T^2 D per layer. Image tower:
+Forward, with 2 FLOP per multiply-add, for a transformer of width D, T tokens: 24 T D^2 + 4 T^2 D per layer. Images:
 T = patches + class token, plus 2 x patches x 3 P^2 x D for the patch embedding. Text tower: T is each caption's own
 length, padding counts nothing. Projections 2 D E per sample, loss 2 B^2 E. MFU is FLOP per second over the rate of the
 best large bf16 matrix product measured here (fp32 on a CPU), and over the datasheet's dense bf16 rate.
