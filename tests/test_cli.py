@@ -10,6 +10,7 @@ import pytest
 import torch
 from small_models import meru
 
+import meru_fast
 from meru_fast import checkpoint, cli, config
 from meru_fast.commands import completion
 from meru_fast.evaluation import catalog
@@ -158,6 +159,12 @@ def test_plot_draws_runs(tmp_path, capsys):
     assert "no run has a metric 'losss'; there are loss, curv" in capsys.readouterr().err
     assert cli.main(["plot", *runs, "--output", "x.doc"]) == 2
     assert cli.main(["plot", str(tmp_path)]) == 1
+
+
+def test_bench_needs_a_checkout(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(meru_fast, "__file__", str(tmp_path / "site-packages" / "meru_fast" / "__init__.py"))
+    assert cli.main(["bench"]) == 1
+    assert "not part of the installed package: clone the repository" in capsys.readouterr().err
 
 
 def test_completion_completes(tmp_path):

@@ -87,31 +87,43 @@ def _gpus() -> dict[str, str]:
 
 
 def _backends() -> dict[str, str]:
-    """Optional packages that speed things up: whether each can be used here."""
+    """Optional packages that speed things up: whether each is used here, and why not."""
     return {
         "text attention": _line("meru_fast.models.attention", _attention),
-        "data decoding": _line(
-            "nvidia.dali", lambda dali: f"DALI {dali.__version__} usable; Pillow on a CPU by default"
-        ),
+        "xformers": _line("meru_fast.models.attention", _xformers),
+        "data decoding": _line("nvidia.dali", _decoding),
         "training": _line("deepspeed.accelerator", _accelerator),
-        "xformers": _line("xformers.ops", lambda _: _on_gpu("memory-efficient attention")),
     }
 
 
 def _attention(attention) -> str:
-    report = getattr(attention, "backend_report", None)
-    return report() if report else "scaled_dot_product_attention over the packed captions"
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return f"{attention.packed_implementation(device, torch.bfloat16, 64)} over packed captions"
+
+
+def _xformers(attention) -> str:
+    import torch
+
+    if installed("xformers") == "not installed":
+        return "not installed"
+    if not torch.cuda.is_available():
+        return "installed, not used: its kernels run on GPUs only"
+    reason = attention._probe("xformers", torch.device("cuda"), torch.bfloat16, 64)
+    return f"installed, not used: {reason}" if reason else "used for packed captions"
+
+
+def _decoding(dali) -> str:
+    import torch
+
+    used = "used" if torch.cuda.is_available() else "on a CPU only with dataset.decoder=dali, else Pillow"
+    return f"DALI {dali.__version__}, {used}"
 
 
 def _accelerator(accelerator) -> str:
     found = accelerator.get_accelerator()
     return f"DeepSpeed on {found.device_name()}, communication by {found.communication_backend_name()}"
-
-
-def _on_gpu(what: str) -> str:
-    import torch
-
-    return what if torch.cuda.is_available() else f"installed, but {what} runs on GPUs only"
 
 
 def _disk() -> dict[str, str]:

@@ -114,10 +114,12 @@ def test_captions_are_text_and_never_markup(tmp_path, demo_data):
     assert "&lt;script&gt;alert(1)" in html
 
 
-def test_numbers_are_those_of_the_embeddings(gallery):
+def test_numbers_are_those_of_the_embeddings(gallery, device):
     with torch.inference_mode():
-        portrait = report.Portrait(Subject("", meru()), gallery, gallery.captions, 0)
+        portrait = report.Portrait(Subject("", meru().to(device)), gallery, gallery.captions, 0)
         html = portrait.numbers().html
+        assert "Poincaré" in portrait.disk().caption
+        assert "images" in portrait.radius_histogram().caption
     rows = dict(re.findall(r'<th scope="row">(.*?)</th><td>(.*?)</td>', html))
     radius = portrait.captions.norm(dim=-1)  # grows with the distance
     steps = {step for rungs in gallery.rungs for step in pairwise(rungs)}

@@ -48,8 +48,8 @@ def published_traversal(image, texts, curv, steps=50):
 
 
 @pytest.mark.parametrize("curv", [0.3, 1.0])
-def test_agrees_with_the_published_protocol(curv):
-    model = meru(curv_init=curv)
+def test_agrees_with_the_published_protocol(curv, device):
+    model = meru(curv_init=curv).to(device)
     generator = torch.Generator().manual_seed(1)
     names, longest = [f"text {number}" for number in range(40)], 0
     for _ in range(6):
@@ -57,7 +57,8 @@ def test_agrees_with_the_published_protocol(curv):
         # Captions around the way to the root, near enough to it that some of their cones hold parts of it.
         radii = torch.linspace(0.15, 1.2, 40)[:, None]
         texts = radii * F.normalize(image + 0.1 * torch.randn(40, 32, generator=generator), dim=-1)
-        found = traverse(model, image, torch.zeros(32), texts, names, torch.zeros(32))
+        root = torch.zeros(32, device=device)
+        found = traverse(model, image.to(device), root, texts.to(device), names, root)
         expected = [ROOT if index is ROOT else names[index] for index in published_traversal(image, texts, curv)]
         assert [stop.text for stop in found] == expected
         assert expected[-1] == ROOT
