@@ -11,6 +11,7 @@ model = LazyCall("meru_fast.models.CLIP")(
     pixel_mean=model.pixel_mean,
     pixel_std=model.pixel_std,
     precision=model.precision,
+    pair_loss=model.pair_loss,
 )
 
 optim["optimizer"].exclude_params = ["logit_scale"]

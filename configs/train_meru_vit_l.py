@@ -6,6 +6,9 @@ from meru_fast.training.settings import train_settings
 dataset = LazyCall("meru_fast.data.build_loader")(
     shards="datasets/redcaps/*.tar",
     image_size=224,
+    crop_scale=(0.5, 1.0),
+    prefix_probability=0.5,
+    decoder="auto",
 )
 
 model = LazyCall("meru_fast.models.MERU")(
@@ -14,6 +17,8 @@ model = LazyCall("meru_fast.models.MERU")(
         global_pool="token",
         use_sincos2d_pos=True,
         grad_checkpointing=False,
+        img_size=224,
+        pretrained=False,
     ),
     textual=LazyCall("meru_fast.models.TransformerTextEncoder")(
         arch="L12_W512",
@@ -26,9 +31,12 @@ model = LazyCall("meru_fast.models.MERU")(
     learn_curv=True,
     entail_weight=0.2,
     min_radius=0.1,
+    final_curv=None,
+    final_min_radius=None,
     pixel_mean=(0.485, 0.456, 0.406),
     pixel_std=(0.229, 0.224, 0.225),
     precision="high",
+    pair_loss="softmax",
 )
 
 optim = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
 from torch import Tensor, nn
 
 from meru_fast import checkpoint, ops
@@ -18,7 +18,6 @@ from meru_fast.models.recipe import from_recipe, recipe_of
 from meru_fast.tokenizer import PackedTokens
 
 _DOWNLOAD_ARGUMENTS = ("revision", "cache_dir", "force_download", "local_files_only", "token")
-HUB_CARD = {"library_name": "meru_fast", "pipeline_tag": "zero-shot-image-classification", "tags": ["hyperbolic"]}
 PAIR_LOSSES = ("softmax", "sigmoid")
 # SigLIP starts from the scale 10 and from logits of -10, near the share of true pairs among all.
 SIGMOID_SCALE, SIGMOID_LOGIT = 10.0, -10.0
@@ -27,7 +26,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class CLIP(nn.Module, PyTorchModelHubMixin, coders={nn.Module: (recipe_of, from_recipe)}, **HUB_CARD):
+class CLIP(nn.Module, PyTorchModelHubMixin, coders={nn.Module: (recipe_of, from_recipe)}):
     """The CLIP baseline of MERU (arXiv:2304.09172, section 4).
 
     ``save_pretrained(folder)`` writes safetensors and a config, ``CLIP.from_pretrained(folder or Hub id)`` reads them.
@@ -180,6 +179,12 @@ class CLIP(nn.Module, PyTorchModelHubMixin, coders={nn.Module: (recipe_of, from_
 
     def _save_pretrained(self, save_directory: Path) -> None:
         checkpoint.save_export(save_directory, self.state_dict(), self.hub_config())
+
+    def generate_model_card(self, *_args: Any, **_kwargs: Any) -> ModelCard:
+        """A draft of the model card (called by ``save_pretrained`` and ``push_to_hub``)."""
+        from meru_fast.models.export import card
+
+        return card(self, type(self).__name__)
 
     def hub_config(self) -> dict[str, Any]:
         """The arguments that build this model again, as the ``model`` part of a config."""
