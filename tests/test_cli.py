@@ -137,7 +137,7 @@ def test_export_writes_what_load_reads(tmp_path, capsys):
     assert "step 7" in capsys.readouterr().out
     again, info = checkpoint.load_model(tmp_path / "export")
     assert info.iteration == 7
-    assert dict(info.model.visual) == dict(config.load(SMALL).model.visual)
+    assert dict(config.load(SMALL).model.visual).items() <= dict(info.model.visual).items()
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
     back = ["--checkpoint-path", str(tmp_path / "export"), "--output", str(tmp_path / "b.pth")]
