@@ -88,9 +88,17 @@ def load_model(
     """
     state, info = read_checkpoint(path, ema=ema)
     node = model_config if model_config is not None else info.model if info.model is not None else guess_model(state)
-    model = configs.instantiate(node)
+    model = configs.instantiate(_without_download(node))
     fit_state(model, state, info.file)
     return model.eval(), info
+
+
+def _without_download(node: Mapping[str, Any]) -> DictConfig:
+    """`node` with towers that do not fetch the pretrained weights they once started from."""
+    node = OmegaConf.create(node if not OmegaConf.is_config(node) else OmegaConf.to_container(node, resolve=True))
+    if OmegaConf.select(node, "visual.pretrained"):
+        node.visual.pretrained = False
+    return node
 
 
 def read_checkpoint(path: str | os.PathLike, ema: bool = False) -> tuple[dict[str, Tensor], CheckpointInfo]:

@@ -62,7 +62,7 @@ def clean(text: str) -> str:
 def _bpe() -> tokenizers.Tokenizer:
     packed = resources.files("meru_fast").joinpath("assets/clip_bpe_merges.txt.gz").read_bytes()
     merges = [tuple(line.split()) for line in gzip.decompress(packed).decode("utf-8").splitlines()]
-    # Ids count the 256 bytes (printable ones first, each as its stand-in character), the same ending a word, the merges.
+    # Ids count the 256 bytes (printable ones first, each as its stand-in), the same ending a word, and the merges.
     stand_ins = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet(), key=lambda char: (ord(char) > 255, ord(char)))
     words = [*stand_ins, *(f"{char}</w>" for char in stand_ins), *("".join(pair) for pair in merges)]
     vocabulary = {word: index for index, word in enumerate(words)}

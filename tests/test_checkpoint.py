@@ -90,7 +90,7 @@ def deepspeed_runs(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", ["0", "1", "2", "3", "2_bf16"])
 @pytest.mark.parametrize("what", ["", "checkpoints", "checkpoints/step_00000002"])
 def test_deepspeed_folder(deepspeed_runs, stage, what):
     expected = torch.load(deepspeed_runs / f"stage{stage}.pt")
@@ -165,6 +165,14 @@ def test_files_that_are_no_checkpoint(tmp_path, published):
         with pytest.raises(CheckpointError, match=fault) as caught:
             checkpoint.read_checkpoint(tmp_path / name)
         assert name in str(caught.value)
+
+
+def test_no_pretrained_tower_is_fetched_to_be_overwritten(tmp_path):
+    model = small_models.meru()
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    node = model.hub_config()
+    node["visual"] |= {"pretrained": True, "use_sincos2d_pos": False}
+    assert same_weights(checkpoint.load_model(tmp_path / "w.pt", node)[0], model)
 
 
 def test_another_architecture_is_named(published):
