@@ -10,6 +10,7 @@ from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from meru_fast.evaluation.traversal import ROOT, input_size, load_model, load_po
 
 PACKAGES = ("meru_fast", "torch", "triton", "deepspeed", "timm", "numpy")
 GOLDEN = (5**0.5 - 1) / 2
+LABEL = 28  # longest text in the map, in characters
 THUMBNAIL = 160  # longer side in pixels of a picture in the page
 
 
@@ -46,7 +48,16 @@ class Subject:
 
 
 class Gallery:
-    """Images, each with a ladder of captions from general to specific (one caption is a ladder too)."""
+    """Images, each with a ladder of captions from general to specific (one caption is a ladder too).
+
+    Attributes:
+        captions: all distinct captions.
+        rungs: for each image the positions of its captions.
+        tree: the hierarchy that the ladders form.
+
+    Raises:
+        DatasetError: fewer than two images, or a caption that is both above and below another.
+    """
 
     def __init__(self, images: Sequence[Path], ladders: Sequence[Sequence[str]]):
         self.images = ImageFiles(images)
@@ -54,6 +65,15 @@ class Gallery:
         self.captions = list(dict.fromkeys(caption for ladder in ladders for caption in ladder))
         position = {caption: number for number, caption in enumerate(self.captions)}
         self.rungs = [[position[caption] for caption in ladder] for ladder in ladders]
+        parents: dict[str, list[str]] = {}
+        for upper, lower in dict.fromkeys(step for ladder in ladders for step in pairwise(ladder)):
+            parents.setdefault(lower, []).append(upper)
+        try:
+            self.tree = Hierarchy(parents)
+        except ValueError as error:
+            raise DatasetError(f"gallery: the captions are not all from general to specific: {error}") from error
+        if len(images) < 2:
+            raise DatasetError(f"gallery: needs two images or more, has {len(images)}")
 
     @classmethod
     def load(cls, path: str | Path) -> "Gallery":
@@ -174,7 +194,7 @@ class Portrait:
             captions.cpu().numpy(),
             [(index, self.gallery.picture(index)) for index in shown],
             ladders,
-            {rung: self.gallery.captions[rung] for rung in named},
+            {rung: shorten(self.gallery.captions[rung], LABEL, placeholder=" ...") for rung in named},
             rings,
             salt=self.salt + "disk",
         )
@@ -195,19 +215,15 @@ class Portrait:
             rows.append(
                 (self.gallery.captions[caption], [(i, self.gallery.rungs[i][-1] == caption, "") for i in found])
             )
-        return Panel(
-            self._sheet(rows),
-            "Best first. Framed: an image with this very caption.",
-        )
+        return Panel(self._sheet(rows), "Best first. Framed: an image with this very caption.")
 
     def entailed(self, count: int = 4, k: int = 6) -> Panel | None:
         """The images deepest in the cones of some general captions."""
         if not self.hyperbolic:
             return None
-        general = list(
-            dict.fromkeys(rung for index in self.gallery.sample(3 * count) for rung in self.gallery.rungs[index][:-1])
-        )
-        general = general[:: max(1, len(general) // count)][:count]
+        above = [rung for index in self.gallery.sample(3 * count) for rung in self.gallery.rungs[index][:-1]]
+        above = list(dict.fromkeys(above))
+        general = above[:: max(1, len(above) // count)][:count]
         if not general:
             return None
         angles, found = cones.nearest_by_angle(
@@ -273,14 +289,8 @@ class Portrait:
 
     def _tree_rows(self, leaves: list[int]) -> list[tuple[str, str]]:
         """The nearest specific caption of each image, judged in the tree that the ladders form."""
-        parents: dict[str, list[str]] = {}
-        for ladder in self.gallery.ladders:
-            for upper, lower in pairwise(ladder):
-                if upper not in parents.setdefault(lower, []):
-                    parents[lower].append(upper)
-        names = self.gallery.captions
+        names, tree = self.gallery.captions, self.gallery.tree
         guesses = nearest(self.model, self.images, self.captions[leaves], 1)[:, 0].tolist()
-        tree = Hierarchy(parents)
         truth = [names[rungs[-1]] for rungs in self.gallery.rungs]
         pairs = [
             (names[leaves[guess]], true)

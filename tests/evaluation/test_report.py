@@ -145,6 +145,12 @@ def test_galleries_that_cannot_be_read(tmp_path):
         Gallery.load(path)
     with pytest.raises(DatasetError, match="cannot read the manifest"):
         Gallery.load(tmp_path / "nowhere.csv")
+    path.write_text(json.dumps([{"image": "a.png", "captions": "x"}]))
+    with pytest.raises(DatasetError, match="two images or more, has 1"):
+        Gallery.load(path)
+    path.write_text(json.dumps([{"image": f"{i}.png", "captions": c} for i, c in enumerate((["x", "y"], ["y", "x"]))]))
+    with pytest.raises(DatasetError, match="not all from general to specific: the tree has a cycle: 'x'"):
+        Gallery.load(path)
 
 
 @pytest.mark.parametrize("seed", range(4))
