@@ -42,7 +42,7 @@ class DaliDecoder:
         self._options = {
             "batch_size": batch_size,
             "num_threads": threads,
-            "device_id": (device.index or torch.cuda.current_device()) if on_gpu else None,
+            "device_id": _index(device) if on_gpu else None,
             "prefetch_queue_depth": 1,
         }
         self._decoder_device = "mixed" if on_gpu else "cpu"
@@ -88,6 +88,10 @@ class DaliDecoder:
             )
             self._pipeline.set_outputs(fn.transpose(images, perm=(2, 0, 1)))
         self._pipeline.build()
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _cause(error: RuntimeError) -> str:

@@ -6,6 +6,7 @@ travel in anonymous shared memory that the workers inherit (so /dev/shm and its 
 in a pipe, and whoever waits also watches the process.
 """
 
+import contextlib
 import itertools
 import mmap
 import multiprocessing
@@ -15,18 +16,20 @@ import signal
 import threading
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from multiprocessing.util import Finalize
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from meru_fast.data.dataset import LocalBatch, TrainingSet
+from meru_fast.data.dataset import Encoded, LocalBatch, TrainingSet
 from meru_fast.data.errors import DataError
 from meru_fast.tokenizer import PackedTokens
 
+ORPHAN_CHECK = 5.0  # seconds between looks at whether the trainer still lives, while there is nothing to do
 AHEAD = 2  # batches that each worker may have finished before they are asked for
 
 
@@ -60,6 +63,8 @@ class Workers:
         if num_workers:
             dataset.warm_up()
         self._workers = [_start(dataset, index, start, num_workers) for index in range(num_workers)]
+        # Also at the end of the interpreter, before multiprocessing waits for its children there.
+        self._kill = Finalize(self, _kill, ([worker.process for worker in self._workers],), exitpriority=10)
         self._ready: queue.Queue[LocalBatch | Exception] = queue.Queue(AHEAD)
         self._closing = threading.Event()
         self._receiver = threading.Thread(target=self._receive, name="meru-fast-receiver", daemon=True)
@@ -91,10 +96,7 @@ class Workers:
     def close(self) -> None:
         """End all workers, also stopped ones."""
         self._closing.set()
-        for worker in self._workers:
-            worker.process.kill()
-        for worker in self._workers:
-            worker.process.join()
+        self._kill()
         if self._receiver.is_alive():
             with self._ready.mutex:
                 self._ready.queue.clear()
@@ -128,9 +130,9 @@ class Workers:
             raise DataError(_describe(worker, self.dataset, f"died ({_cause_of_death(worker.process)})"))
         if isinstance(message, Exception):
             raise message
-        slot, batch = message
-        batch = _unpack(batch, worker.slots[slot], self.pin)
-        worker.pipe.send(slot)
+        batch = _unpack(message, worker.slots[message.slot], self.pin)
+        with contextlib.suppress(BrokenPipeError):  # a worker that died since is found out when its next batch is due
+            worker.pipe.send(message.slot)
         return batch
 
 
@@ -166,9 +168,10 @@ def _work(
     beat: np.ndarray,
     parent: int,
 ) -> None:
-    """The life of a worker."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """The life of a worker. It ends when its parent kills it, or when its parent is gone."""
+    # Ctrl-C and the scheduler's warning are the trainer's to handle: it still wants batches for its last steps.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
 
     def on_sample(step: int, source: int, sample: int) -> None:
@@ -178,45 +181,67 @@ def _work(
     for part in dataset.mixture:
         part.samples.reopen()
     free = list(range(len(slots)))
-    for step in steps:
-        try:
-            batch = dataset[step]
-        except Exception as error:
-            pipe.send(error if isinstance(error, DataError) else DataError(traceback.format_exc()))
-            return
-        while not free or pipe.poll():
-            while not pipe.poll(5):
-                if os.getppid() != parent:
-                    return  # the trainer was killed
-            free.append(pipe.recv())
-        slot = free.pop()
-        pipe.send((slot, _pack(batch, slots[slot])))
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        for step in steps:
+            try:
+                batch = dataset[step]
+            except Exception as error:
+                pipe.send(error if isinstance(error, DataError) else DataError(traceback.format_exc()))
+                return
+            while not free or pipe.poll():
+                while not pipe.poll(ORPHAN_CHECK):
+                    if os.getppid() != parent:
+                        return
+                free.append(pipe.recv())
+            slot = free.pop()
+            pipe.send(_pack(batch, slot, slots[slot]))
 
 
-def _pack(batch: LocalBatch, slot: Tensor) -> LocalBatch:
-    """Put pixels and JPEGs into shared memory; what is left of the batch is small. JPEGs that do not fit stay in it."""
+class _Parcel(NamedTuple):
+    """A batch in the pipe; its pixels, and its JPEGs if they fit, are in a slot of shared memory."""
+
+    slot: int
+    shape: tuple[int, ...]  # of the pixels
+    ids: np.ndarray
+    cu_seqlens: np.ndarray
+    jpegs: Tensor | None  # those that did not fit
+    rest: dict[str, Any]  # the other fields of the batch
+
+
+def _pack(batch: LocalBatch, number: int, slot: Tensor) -> _Parcel:
     pixels = batch.images.numel()
     slot[:pixels] = batch.images.view(-1)
-    encoded = batch.encoded
-    if encoded and pixels + len(encoded.data) <= len(slot):
-        slot[pixels : pixels + len(encoded.data)] = encoded.data
-        encoded = replace(encoded, data=None)
-    tokens: Any = [tokens.numpy() for tokens in (batch.tokens.ids, batch.tokens.cu_seqlens)]
-    return replace(batch, images=tuple(batch.images.shape), tokens=tokens, encoded=encoded)
+    jpegs = batch.encoded.data if batch.encoded else None
+    if jpegs is not None and pixels + len(jpegs) <= len(slot):
+        slot[pixels : pixels + len(jpegs)] = jpegs
+        jpegs = None
+    rest = {"step": batch.step, "keys": batch.keys, "origins": batch.origins, "defects": batch.defects}
+    if batch.encoded:
+        rest["encoded"] = (batch.encoded.sizes, batch.encoded.windows, batch.encoded.rows)
+    ids, cu_seqlens = batch.tokens.ids.numpy(), batch.tokens.cu_seqlens.numpy()
+    return _Parcel(number, tuple(batch.images.shape), ids, cu_seqlens, jpegs, rest)
 
 
-def _unpack(batch: LocalBatch, slot: Tensor, pin: bool) -> LocalBatch:
-    """Undo `_pack`, with memory of its own: the slot is used again."""
-    shape: Any = batch.images
-    pixels = int(np.prod(shape))
-    encoded = batch.encoded
-    if encoded and encoded.data is None:
-        encoded = replace(encoded, data=slot[pixels : pixels + sum(encoded.sizes)].clone())
-    images = torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
+def _unpack(parcel: _Parcel, slot: Tensor, pin: bool) -> LocalBatch:
+    """The batch, in memory of its own: the slot is used again."""
+    images = torch.empty(parcel.shape, dtype=torch.uint8, pin_memory=pin)
+    pixels = images.numel()
     images.view(-1).copy_(slot[:pixels])
-    ids, starts = (torch.from_numpy(part) for part in batch.tokens)
-    tokens = PackedTokens(ids, starts)
-    return replace(batch, images=images, tokens=tokens.pin_memory() if pin else tokens, encoded=encoded)
+    rest = dict(parcel.rest)
+    if "encoded" in rest:
+        sizes, windows, rows = rest["encoded"]
+        jpegs = slot[pixels : pixels + sum(sizes)].clone() if parcel.jpegs is None else parcel.jpegs
+        rest["encoded"] = Encoded(jpegs, sizes, windows, rows)
+    tokens = PackedTokens(torch.from_numpy(parcel.ids), torch.from_numpy(parcel.cu_seqlens))
+    return LocalBatch(images=images, tokens=tokens.pin_memory() if pin else tokens, **rest)
+
+
+def _kill(processes: list[multiprocessing.Process]) -> None:
+    """A stopped process, or one in a hanging read, ignores everything else."""
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
 
 
 def _describe(worker: _Worker, dataset: TrainingSet, state: str) -> str:

@@ -1,5 +1,7 @@
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import fsspec
@@ -297,6 +299,41 @@ def test_stalled_worker_is_reported_by_name_and_ended(shards):
     with pytest.raises(DataError, match=rf"worker 0 \(pid {pid}\) has delivered nothing for 3 s.*at step \d+, sample"):
         exhaust(batches)
     assert not os.path.exists(f"/proc/{pid}")
+
+
+def test_workers_do_not_outlive_a_killed_trainer(shards):
+    code = f"""
+import sys
+from meru_fast.data import build_loader
+loader = build_loader({str(shards)!r}, batch_size=24, num_workers=2, image_size=32)
+next(iter(loader))
+print(*loader._workers.pids(), flush=True)
+sys.stdin.read()
+"""
+    trainer = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pids = trainer.stdout.readline().split()
+    assert len(pids) == 2
+    trainer.kill()
+    trainer.wait()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and any(os.path.exists(f"/proc/{pid}") for pid in pids):
+        time.sleep(0.1)
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+
+
+def test_an_interpreter_ends_although_a_loader_is_open(shards):
+    code = f"""
+import os, signal
+from meru_fast.data import build_loader
+loader = build_loader({str(shards)!r}, batch_size=24, num_workers=2, image_size=32)
+batches = iter(loader)
+next(batches)
+pids = loader._workers.pids()
+os.kill(pids[0], signal.SIGSTOP)
+os.kill(pids[1], signal.SIGTERM)  # as a scheduler's warning to all processes of a job
+next(batches)
+"""
+    subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
 
 
 def test_more_workers_than_shards_and_batches(tmp_path):
