@@ -132,6 +132,9 @@ def _evaluate(folder: Path, data: Path, run_folder: Path) -> dict[str, Any]:
     results["image_radius"] = portrait.radii(portrait.images).mean().item()
     results["caption_radius"] = portrait.radii(portrait.captions).mean().item()
     results["curvature"] = cones.curvature(model)
+    results["walks"] = [
+        [gallery.ladders[index][-1], [stop.text for stop in portrait.walk(index)]] for index in gallery.sample(4)
+    ]
     log = read_log(run_folder)
     results |= {"steps": int(log["step"][-1]), "training_minutes": training_minutes(log), "device": _device_name()}
     path.write_text(json.dumps(results, indent=2), encoding="utf-8")
@@ -193,6 +196,9 @@ def _print_table(results: dict[str, Any]) -> None:
     for value, name, note in _facts(results):
         table.add_row(name, value, note)
     Console().print(table)
+    print("\nFrom a picture to the root of the space, reading the nearest text:")
+    for caption, texts in results["walks"]:
+        print(f"  [{caption}]  {' > '.join(texts)}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -11,11 +11,12 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from meru_fast.data.progress import progress_bar
 from meru_fast.demo.pictures import DIGIT_NAMES, Picture, draw_digit, draw_pair, draw_scene
 
 SHARD_SIZE = 1000
@@ -66,15 +67,16 @@ def _write_all(folder: Path, num_shards: int, seed: int) -> None:
     digits = load_digits()
     training, held_out = split_digits(len(digits.target), seed)
     num_digit_shards = min(DIGIT_SHARDS, num_shards - 1)
-    for shard in range(num_shards):
-        kind = "digits" if shard < num_digit_shards else "scenes"
-        rng = np.random.default_rng([seed, 1, shard])
-        if kind == "digits":  # every original comes several times, turned and inked differently
-            positions = training[np.arange(shard * SHARD_SIZE, (shard + 1) * SHARD_SIZE) % len(training)]
-            pictures = (draw_digit(digits.images[i], int(digits.target[i]), rng) for i in positions)
-        else:
-            pictures = (draw_scene(rng) for _ in range(SHARD_SIZE))
-        _write_shard(folder / "train" / f"shard_{shard:08d}.tar", SUBREDDITS[kind], pictures, rng)
+    with progress_bar("drawing pictures", num_shards * SHARD_SIZE, "pictures") as advance:
+        for shard in range(num_shards):
+            kind = "digits" if shard < num_digit_shards else "scenes"
+            rng = np.random.default_rng([seed, 1, shard])
+            if kind == "digits":  # every original comes several times, turned and inked differently
+                positions = training[np.arange(shard * SHARD_SIZE, (shard + 1) * SHARD_SIZE) % len(training)]
+                pictures = (draw_digit(digits.images[i], int(digits.target[i]), rng) for i in positions)
+            else:
+                pictures = (draw_scene(rng) for _ in range(SHARD_SIZE))
+            _write_shard(folder / "train" / f"shard_{shard:08d}.tar", SUBREDDITS[kind], pictures, rng, advance)
     rng = np.random.default_rng([seed, 2])
     _write_held_out(folder, [(digits.images[i], int(digits.target[i])) for i in held_out], rng)
 
@@ -85,7 +87,9 @@ def split_digits(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return order[HELD_OUT_DIGITS:], order[:HELD_OUT_DIGITS]
 
 
-def _write_shard(path: Path, subreddit: str, pictures: Iterator[Picture], rng: np.random.Generator) -> None:
+def _write_shard(
+    path: Path, subreddit: str, pictures: Iterator[Picture], rng: np.random.Generator, advance: Callable[[], None]
+) -> None:
     import webdataset
 
     with webdataset.TarWriter(str(path), mtime=0) as tar:
@@ -101,6 +105,7 @@ def _write_shard(path: Path, subreddit: str, pictures: Iterator[Picture], rng: n
                     "json": {"subreddit": subreddit, "caption": caption},
                 }
             )
+            advance()
 
 
 def _write_held_out(folder: Path, digits: list[tuple[np.ndarray, int]], rng: np.random.Generator) -> None:

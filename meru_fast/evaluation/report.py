@@ -24,7 +24,7 @@ from meru_fast.evaluation.protocol import DatasetError
 from meru_fast.evaluation.ranking import nearest
 from meru_fast.evaluation.sources import ImageFiles, manifest_rows
 from meru_fast.evaluation.transforms import EvalTransform
-from meru_fast.evaluation.traversal import ROOT, input_size, load_model, load_pool, traverse
+from meru_fast.evaluation.traversal import ROOT, Stop, input_size, load_model, load_pool, traverse
 
 PACKAGES = ("meru_fast", "torch", "triton", "deepspeed", "timm", "numpy")
 GOLDEN = (5**0.5 - 1) / 2
@@ -241,11 +241,14 @@ class Portrait:
             "Framed: it is one of the image's own captions.",
         )
 
+    def walk(self, index: int) -> list[Stop]:
+        """The traversal of an image to the root."""
+        return traverse(self.model, self.images[index], self.root, self.pool_features, self.pool, self.root)
+
     def traversals(self, count: int = 8) -> Panel:
         cards = []
         for index in self.gallery.sample(count):
-            stops = traverse(self.model, self.images[index], self.root, self.pool_features, self.pool, self.root)
-            cards.append(render("walk.html", start=self._picture(index), end="", stops=stops, root=ROOT))
+            cards.append(render("walk.html", start=self._picture(index), end="", stops=self.walk(index), root=ROOT))
         return Panel(
             f'<div class="walks">{"".join(cards)}</div>',
             "From each image straight to the root: the texts that are nearest on the way, and how much of the way is "
