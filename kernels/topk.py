@@ -62,7 +62,7 @@ def topk_kernel(
         packed = tl.where(candidate, packed, 0)
         if tl.max((packed > tl.min(best, axis=1)[:, None]).to(tl.int32)) > 0:
             found = tl.topk(packed, K)  # both are sorted, so the larger of best[i] and found[K - 1 - i] are the K best
-            best = tl.sort(tl.maximum(best, tl.flip(found)), descending=True)
+            best = tl.sort(tl.maximum(best, tl.flip(found, 1)), descending=True)
     slot = (row[:, None] * tl.num_programs(1) + part) * K + tl.arange(0, K)[None, :]
     tl.store(out_ptr + slot, best, mask=(row < m)[:, None])
 
