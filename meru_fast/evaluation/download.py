@@ -63,9 +63,12 @@ def download(what: tuple[Download, ...] | Hosted, root: Path) -> None:
         if not archive.exists():
             fetch(item.url, archive)
         verify(archive, item.checksum)
-        unpack(archive, root / item.folder)
-        if item.nested:
-            unpack(root / item.folder / item.nested, root / item.folder)
+        try:
+            unpack(archive, root / item.folder)
+            if item.nested:
+                unpack(root / item.folder / item.nested, root / item.folder)
+        except (OSError, tarfile.TarError, zipfile.BadZipFile) as error:
+            raise DatasetError(f"{archive}: cannot be unpacked into {root / item.folder} ({error})") from error
         done.touch()
         if is_archive(archive):
             archive.unlink()

@@ -4,6 +4,7 @@ The objective is that of ``sklearn.linear_model.LogisticRegression(C)``: for wei
 
     mean over samples of cross_entropy(W x + b, y)  +  |W|^2 / (2 C N)
 
+With two classes scikit-learn penalises the one difference w = W_1 - W_0 instead; as W_1 = -W_0 there, |w|^2 = 2 |W|^2.
 It is strictly convex in W, so both find the same solution. Three things make it fast here:
 
 * all costs share one pass over the features: their weights are stacked, so that a step is one large matrix product;
@@ -74,18 +75,19 @@ class LogisticProblem:
         self.spectrum = torch.cat([spectrum.clamp(min=0), spectrum.new_ones(1)]).to(features.dtype)
 
     def fit(
-        self, costs: Sequence[float], max_iterations: int = 1000, tolerance: float = 1e-5, start: Solution | None = None
+        self, costs: Sequence[float], max_iterations: int = 1000, tolerance: float = 3e-6, start: Solution | None = None
     ) -> Solution:
         """Solve for all costs together.
 
         Args:
             costs: C of scikit-learn, inverse strength of the penalty.
-            tolerance: on the norm of every class's gradient. Ten times as strict as scikit-learn's default, and on the
-                norm where that looks at the largest entry: costs little here, and leaves no more than 1 label in 1,000
-                open.
+            tolerance: on the norm of every class's gradient: stricter than scikit-learn, which asks 1e-4 of its largest
+                entry, so that labels are those of the exact solution.
             start: a solution to start from, for all costs; the default is zero weights.
         """
         penalty = 1 / (self.inputs.new_tensor(list(costs)) * len(self.inputs))  # [S]
+        if self.num_classes == 2:
+            penalty *= 2
         parameters = self._initial(len(penalty), start)
         curvature = self.spectrum / self.num_classes + penalty[:, None] * self._penalised()  # Hessian at 0, [S, D + 1]
         state = _LBFGS(lambda theta, chosen: self._objective(theta, penalty[chosen]), curvature, parameters)
@@ -152,9 +154,10 @@ class _LBFGS:
         for iteration in range(max_iterations + 1):
             done = gradient.norm(dim=2).amax(dim=1) <= tolerance
             if iteration == max_iterations:
-                break
+                self._leave(active, theta, iteration, done)
+                return
             if done.any():
-                self._leave(active[done], theta[done], iteration, converged=True)
+                self._leave(active[done], theta[done], iteration, done[done])
                 keep = ~done
                 active, theta, value, gradient = active[keep], theta[keep], value[keep], gradient[keep]
                 history = [(step[keep], change[keep], rho[keep]) for step, change, rho in history]
@@ -169,12 +172,11 @@ class _LBFGS:
             theta, value, gradient = new_theta, new_value, new_gradient
             if not moved.all():  # no descent within rounding: as good as it gets in this precision
                 stuck = ~moved
-                self._leave(active[stuck], theta[stuck], iteration + 1, converged=True)
+                self._leave(active[stuck], theta[stuck], iteration + 1, stuck[stuck])
                 active, theta, value, gradient = active[moved], theta[moved], value[moved], gradient[moved]
                 history = [(step[moved], change[moved], rho[moved]) for step, change, rho in history]
-        self._leave(active, theta, max_iterations, converged=False)
 
-    def _leave(self, which: Tensor, theta: Tensor, iteration: int, converged: bool) -> None:
+    def _leave(self, which: Tensor, theta: Tensor, iteration: int, converged: Tensor) -> None:
         self.parameters[which] = theta
         self.iterations[which] = iteration
         self.converged[which] = converged

@@ -38,3 +38,13 @@ def noise(seed: int, size: tuple[int, int] = (40, 28)) -> Image.Image:
     """A picture of seeded noise; no two are alike."""
     pixels = np.random.RandomState(seed).randint(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+def overlapping(samples: int, dim: int, classes: int, noise: float, seed: int = 0):
+    """Gaussian classes with a falling spectrum and a large mean, float32."""
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.randn(classes, dim, generator=generator)
+    labels = torch.randint(classes, (samples,), generator=generator)
+    mix = torch.randn(dim, dim, generator=generator) / dim**0.5 * torch.logspace(0, -1.5, dim)
+    features = (means[labels] + noise * torch.randn(samples, dim, generator=generator)) @ mix
+    return features + torch.randn(dim, generator=generator), labels

@@ -1,0 +1,5 @@
+"""``python -m meru_fast.evaluation`` is ``scripts/evaluate.py``, for an installed wheel."""
+
+from meru_fast.evaluation import main
+
+main()
