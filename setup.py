@@ -61,6 +61,7 @@ EXTRAS = {
         "mpmath>=1.3,<2",
         "scikit-image>=0.24,<1",
         "build>=1.2,<2",
+        "setuptools>=77",
         "ruff>=0.12,<0.18",
         "mypy>=1.14,<3",
     ],
