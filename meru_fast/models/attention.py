@@ -92,12 +92,13 @@ class PackedAttention:
         return _IMPLEMENTATIONS[name](self, qkv)
 
     def _xformers(self, qkv: Tensor) -> Tensor:
-        from xformers.ops import fmha
+        from xformers.ops import memory_efficient_attention
+        from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
 
         if self._mask is None:
-            self._mask = fmha.BlockDiagonalCausalMask.from_seqlens(list(self.tokens.lengths), device=qkv.device)
+            self._mask = BlockDiagonalCausalMask.from_seqlens(list(self.tokens.lengths), device=qkv.device)
         query, key, value = qkv[None].unbind(2)
-        return fmha.memory_efficient_attention(query, key, value, attn_bias=self._mask)[0]
+        return memory_efficient_attention(query, key, value, attn_bias=self._mask)[0]
 
     def _varlen(self, qkv: Tensor) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
