@@ -22,6 +22,12 @@ def exp_map0(x: Tensor, curv: Tensor) -> Tensor:
     return torch.sinh(radius.clamp(EPS, LIFT_LIMIT)) * x / radius.clamp(min=EPS)
 
 
+def log_map0(x: Tensor, curv: Tensor) -> Tensor:
+    """Inverse of the above, through the time component."""
+    time = (1 + curv * (x**2).sum(-1, keepdim=True)) ** 0.5
+    return torch.acosh(time.clamp(min=1 + EPS)) * x / (curv**0.5 * x.norm(dim=-1, keepdim=True)).clamp(min=EPS)
+
+
 def _time(x: Tensor, curv: Tensor) -> Tensor:
     return (1 / curv + (x**2).sum(-1, keepdim=True)) ** 0.5
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .geometry import TINY, arcosh1p, asinh, chord, hypot, row_norm, shifted_time, unit_time
+from .geometry import arcosh1p, asinh, chord, hypot, row_norm, safe_inverse, shifted_time, unit_time
 
 TILE = 2048  # elements of one operand that a program of the row kernels holds
 WARPS = 4
@@ -130,17 +130,16 @@ def elementwise_bwd_kernel(
     if DISTANCE:
         length, perp, par, axis = chord(x, y, root)
         half = unit_time(0.5 * length)
-        sinh_d = length * half
-        apart = tl.where(sinh_d > 0.0, 1.0 / tl.maximum(sinh_d, TINY), 0.0)
+        inverse = safe_inverse(length)
         tu = unit_time(root * row_norm(x))
         tv = unit_time(root * row_norm(y))
-        across = (0.5 * apart) * ((tu + tv) / tu)
-        along = (2.0 * apart + 0.5 * length / half) / (tu + tv) / tu * par
-        step = across[:, None] * perp + along[:, None] * axis
+        across = (0.5 * inverse) * ((tu + tv) / tu)  # of perp / half: sinh d = length half overflows far out
+        along = (2.0 * inverse / half + 0.5 * length / half) * (par / (tu + tv)) / tu
+        step = across[:, None] * (perp / half[:, None]) + along[:, None] * axis
         dx = g[:, None] * step
         dy = -(g * (tu / tv))[:, None] * step
-        width = row_norm(perp)
-        square = (across * width) * sinh_d * (across * width) + along * sinh_d * along
+        across *= row_norm(perp) / half
+        square = (across * length) * (across * half) + (along * length) * (along * half)
         dcurv = g * (square * (tu / tv) - 2.0 * asinh(0.5 * length)) / (2.0 * curv * root)
     else:
         tx = hypot(row_norm(x), 1.0 / root)
