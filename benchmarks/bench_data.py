@@ -299,11 +299,11 @@ def soak(args: argparse.Namespace) -> int:
     for decoder in ("pil", "dali"):
         loader = build_loader(
             shards,
-            batch_size=64,
+            batch_size=16,
             num_workers=args.workers,
             image_size=32,
-            block=16,
-            window=512,
+            block=8,
+            window=256,
             device=args.device,
             decoder=decoder,
         )

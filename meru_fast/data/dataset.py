@@ -187,7 +187,10 @@ class TrainingSet:
         if prefetch:
             slots = np.concatenate([picked.slots for _, picked in picks])[mine]
             for source, part in enumerate(self.mixture):
-                part.samples.prefetch(part.order, picks[source][0], slots[sources == source])
+                epoch, batch = divmod(step, part.batches_per_epoch)
+                part.samples.prefetch(part.order, epoch, slots[sources == source])
+                stretch = (epoch, batch * part.quota, (batch + 1) * part.quota)
+                part.samples.prefetch(part.order, *part.order.upcoming(*stretch, self.rank, self.world_size))
         pairs = zip(sources.tolist(), samples.tolist(), strict=True)
         return [Origin(source, picks[source][0], sample) for source, sample in pairs]
 

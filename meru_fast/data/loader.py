@@ -124,7 +124,8 @@ class Loader:
     def _identity(self) -> dict[str, int]:
         fingerprint = 0
         for part in self.dataset.mixture:
-            fingerprint = int(keyed.bits(fingerprint, part.samples.fingerprint, part.quota)) >> 1
+            order = (part.order.block_samples, part.order.window_samples)
+            fingerprint = int(keyed.bits(fingerprint, part.samples.fingerprint, part.quota, *order)) >> 1
         return {"seed": self.seed, "batch_size": self.dataset.batch_size, "fingerprint": fingerprint}
 
     def _batches(self) -> Iterator[Batch]:
@@ -132,8 +133,8 @@ class Loader:
         self._workers = Workers(
             self.dataset, self._step, self.num_workers, self.timeout, pin=self.device.type == "cuda"
         )
-        self._stage = self._new_stage()
         try:
+            self._stage = self._new_stage()
             ahead = self._start()
             while True:
                 batch = ahead
@@ -180,7 +181,7 @@ class Loader:
 _RESUME_HINTS = {
     "seed": "Give the seed of the first run.",
     "batch_size": "Give the global batch size of the first run; ranks and workers may change.",
-    "fingerprint": "The shards (names, contents, weights) must be those of the first run.",
+    "fingerprint": "Shards (names, contents, weights), block and window must be those of the first run.",
 }
 
 

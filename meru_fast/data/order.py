@@ -3,7 +3,7 @@
 Shards of RedCaps hold one subreddit each, so samples must be mixed over shards, yet disks and object stores want long
 reads. Hence two levels. Every shard is cut into *blocks* of neighbouring samples; an epoch shuffles the blocks of all
 shards, then walks through them in *windows* of many blocks, shuffling the samples of a window. What has been read
-and not yet used never exceeds a window, and reads are as long as a block.
+and not yet used never exceeds two windows, the current one and the next, and reads are as long as a block.
 """
 
 from functools import lru_cache
@@ -43,6 +43,8 @@ class EpochOrder:
         if block < 1 or window < block:
             raise ValueError(f"need 1 <= block <= window, got block {block} and window {window}")
         self.seed = seed
+        self.block_samples = block
+        self.window_samples = window
         self.num_samples = int(starts[-1])
         counts = np.diff(starts)
         per_shard = -(-counts // block)
@@ -85,6 +87,20 @@ class EpochOrder:
         index = self._epoch(epoch)[0][slot]
         start = int(self._block_starts[index])
         return start, start + int(self._block_sizes[index])
+
+    def upcoming(self, epoch: int, start: int, stop: int, rank: int = 0, world_size: int = 1) -> tuple[int, np.ndarray]:
+        """What to read ahead while the positions [start, stop) of an epoch are consumed: an epoch and block slots.
+
+        A window's blocks are read evenly while the window before it is consumed, not all at once when it begins.
+        """
+        starts = self._epoch(epoch)[1]
+        window = int(np.searchsorted(starts, start, "right")) - 1
+        begin, end = starts[window : window + 2]
+        consumed = ((start - begin) / (end - begin), (min(stop, end) - begin) / (end - begin))
+        epoch, window = (epoch, window + 1) if window + 2 < len(starts) else (epoch + 1, 0)
+        first, last = self._window_slots[window : window + 2]
+        mine = (last - first) / world_size  # a rank's samples come from a stretch of the window's blocks: `rank_share`
+        return epoch, np.arange(*(int(first + mine * (rank + part)) for part in consumed))
 
     def _shuffle_blocks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The order of blocks, and the position at which each window starts (and the end)."""

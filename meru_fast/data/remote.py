@@ -1,20 +1,21 @@
 """Byte ranges of shards on object stores, through fsspec and a block cache that a machine's workers share.
 
 Blocks are fetched whole, in the background, into `$MERU_FAST_CACHE/blocks` (default `~/.cache/meru_fast/blocks`).
-The cache should hold one shuffle window of this machine's ranks; a smaller one costs repeated fetches, nothing else.
+The cache should hold two shuffle windows of this machine's ranks; a smaller one costs repeated fetches, nothing else.
 """
 
 import contextlib
 import hashlib
 import os
-from bisect import bisect_right
-from collections import defaultdict
+from bisect import bisect_right, insort
+from collections import defaultdict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 CACHE_BYTES = int(os.environ.get("MERU_FAST_BLOCK_CACHE_BYTES", 32 * 2**30))
 FETCHES = 16  # at a time, per worker
 EVICT_EVERY = 64  # fetches
+REMEMBERED = 32768  # announced ranges, a multiple of a window's blocks
 
 
 def cache_folder() -> Path:
@@ -28,20 +29,25 @@ class RemoteReader:
         self.cache_bytes = cache_bytes
         self.fetched = 0  # blocks that had to come over the network
         self._folder = cache_folder() / "blocks"
-        self._known: dict[str, list[tuple[int, int]]] = defaultdict(list)  # announced ranges by path, sorted
+        self._ranges: dict[str, list[tuple[int, int]]] = defaultdict(list)  # announced ones by path, sorted
+        self._announced: deque[tuple[str, tuple[int, int]]] = deque()  # the same in order of announcement
         self._fetching: dict[Path, Future] = {}
         self._pool: ThreadPoolExecutor | None = None
 
     def prefetch(self, path: str, start: int, stop: int) -> None:
         """Announce a range: it is fetched in one request, unless a worker of this machine already did."""
-        if (start, stop) not in self._known[path]:
-            self._known[path].append((start, stop))
-            self._known[path].sort()
+        if (start, stop) not in self._ranges[path]:
+            insort(self._ranges[path], (start, stop))
+            self._announced.append((path, (start, stop)))
+            if len(self._announced) > REMEMBERED:
+                old_path, old_range = self._announced.popleft()
+                self._ranges[old_path].remove(old_range)
         file = self._file(path, start, stop)
         if file in self._fetching or file.exists():
             return
         self._pool = self._pool or ThreadPoolExecutor(FETCHES, "meru-fast-fetch")
         self._fetching[file] = self._pool.submit(self._fetch, path, start, stop, file)
+        self._fetching[file].add_done_callback(lambda _: self._fetching.pop(file, None))
 
     def read(self, path: str, offset: int, size: int) -> bytes:
         """`size` bytes at `offset`, out of the announced range around it if there is one.
@@ -49,13 +55,13 @@ class RemoteReader:
         Raises:
             OSError: the object cannot be read.
         """
-        ranges = self._known.get(path, [])
+        ranges = self._ranges.get(path, [])
         start, stop = ranges[at - 1] if (at := bisect_right(ranges, (offset, 2**63))) else (0, 0)
         if offset + size > stop:
             return _request(path, offset, offset + size)
         file = self._file(path, start, stop)
         for _ in range(2):  # the file may be evicted between the fetch and the read
-            if waiting := self._fetching.pop(file, None):
+            if waiting := self._fetching.get(file):
                 waiting.result()
             try:
                 with open(file, "rb") as block:

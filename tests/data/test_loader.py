@@ -146,8 +146,10 @@ def test_foreign_state_is_refused_with_the_reason(shards, tmp_path):
     with pytest.raises(DataError, match=r"batch_size was 24 .* is 12 now"):
         build_loader(shards, batch_size=12, num_workers=0, **SMALL).load_state_dict(state)
     write_shards(tmp_path, 6, 20, 48)
-    with pytest.raises(DataError, match=r"fingerprint was .* shards \(names, contents, weights\)"):
+    with pytest.raises(DataError, match=r"fingerprint was .* Shards \(names, contents, weights\)"):
         build_loader(tmp_path, batch_size=24, num_workers=0, **SMALL).load_state_dict(state)
+    with pytest.raises(DataError, match=r"fingerprint was .* block and window"):
+        build_loader(shards, batch_size=24, num_workers=0, **{**SMALL, "block": 5}).load_state_dict(state)
     with pytest.raises(DataError, match="no 'seed'"):
         build_loader(shards, batch_size=24, num_workers=0, **SMALL).load_state_dict({"step": 3})
 

@@ -77,6 +77,30 @@ def test_read_ahead_is_bounded_and_reads_are_blocks():
         assert stop - first == 50
 
 
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_the_next_window_is_read_evenly_while_this_one_is_consumed(world_size):
+    order = EpochOrder(starts([1000] * 40), seed=0, block=50, window=10_000)  # 4 windows of 200 blocks
+    for epoch, window, following in [(0, 0, (0, 1)), (2, 2, (2, 3)), (2, 3, (3, 0))]:
+        read = []
+        for first in range(10_000 * window, 10_000 * (window + 1), 500):
+            for rank in range(world_size):
+                of_epoch, slots = order.upcoming(epoch, first, first + 500, rank, world_size)
+                assert of_epoch == following[0]
+                assert len(slots) <= 200 / 20 / world_size + 1
+                read += slots.tolist()
+        assert sorted(read) == list(range(200 * following[1], 200 * (following[1] + 1)))
+
+
+def test_a_rank_reads_ahead_what_it_will_need():
+    order = EpochOrder(starts([1000] * 40), seed=0, block=50, window=10_000)
+    ahead = {int(s) for first in range(0, 10_000, 500) for s in order.upcoming(0, first, first + 500, 1, 4)[1]}
+    needed = set()
+    for first in range(10_000, 20_000, 500):
+        slots = order[0, first, first + 500].slots
+        needed |= set(slots[rank_share(slots, 1, 4)].tolist())
+    assert len(needed - ahead) <= 0.3 * len(needed)  # the borders of its stretch move a little from batch to batch
+
+
 def test_mixing_is_close_to_a_perfect_shuffle():
     """Shards of one subreddit each, as in RedCaps: reading them in order would put one group in a batch."""
     counts = np.full(1200, 100)
