@@ -317,15 +317,15 @@ def soak(args: argparse.Namespace) -> int:
                 if batch.step == args.soak:
                     break
         loader.close()
-    CURVE.parent.mkdir(parents=True, exist_ok=True)
-    with CURVE.with_suffix(".csv").open("w", newline="") as file:
+    args.curve.parent.mkdir(parents=True, exist_ok=True)
+    with args.curve.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["decoder", "batch", "trainer_mb", "workers_mb"])
         writer.writerows((name, step, f"{main:.1f}", f"{workers:.1f}") for name, step, main, workers in rows)
-    return plot_soak(rows, warm_up=args.soak // 10)
+    return plot_soak(rows, args.curve, warm_up=args.soak // 10)
 
 
-def plot_soak(rows: Sequence[tuple[str, int, float, float]], warm_up: int) -> int:
+def plot_soak(rows: Sequence[tuple[str, int, float, float]], curve_file: Path, warm_up: int) -> int:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.2), layout="constrained")
@@ -343,7 +343,7 @@ def plot_soak(rows: Sequence[tuple[str, int, float, float]], warm_up: int) -> in
     axes.axvline(warm_up, color="grey", linestyle=":", linewidth=1)
     axes.set(xlabel="batches", ylabel="resident memory, all processes (MB)", ylim=(0, None))
     axes.legend()
-    figure.savefig(CURVE.with_suffix(".png"), dpi=120)
+    figure.savefig(curve_file.with_suffix(".png"), dpi=120)
     return 0 if worst < 20 else 1
 
 
@@ -392,6 +392,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "meru_fast", help="where photographs go")
     parser.add_argument("--csv", type=Path, default=RESULTS, help="append rows to this file (%(default)s)")
     parser.add_argument("--soak", type=int, metavar="BATCHES", help="watch memory over so many batches instead")
+    parser.add_argument("--curve", type=Path, default=CURVE, help="soak: CSV and PNG go to this name (%(default)s)")
     args = parser.parse_args(argv)
     if args.soak:
         return soak(args)

@@ -1,7 +1,7 @@
 """Draw what was measured: plots, and the tables of docs/benchmarks.md, from the CSV alone.
 
 python -m benchmarks.report                  redraw docs/benchmarks.md and docs/assets/benchmarks/*.png
-python -m benchmarks.report --csv other.csv  from another file
+python -m benchmarks.report --add other.csv  append the rows of another machine first
 """
 
 import argparse
@@ -280,7 +280,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, default=results.DEFAULT, help="measurements (default: %(default)s)")
     parser.add_argument("--page", type=Path, default=PAGE, help="page to fill (default: %(default)s)")
     parser.add_argument("--plots", type=Path, default=PLOTS, help="folder of the pictures (default: %(default)s)")
+    parser.add_argument("--add", type=Path, metavar="CSV", help="append the rows of this file to --csv first")
     arguments = parser.parse_args(argv)
+    if arguments.add:
+        results.append(arguments.csv, results.read(arguments.add))
     rows = results.read(arguments.csv)
     groups = [(device, op, r) for device, ops in by_device_and_op(rows).items() for op, r in ops.items()]
     pictures = [path for group in groups if (path := draw(*group, arguments.plots))]

@@ -3,6 +3,7 @@
 python -m benchmarks.run                            everything that this machine can measure
 python -m benchmarks.run --only contrastive         files whose name contains a word
 python -m benchmarks.run --only meru_loss -- -k 65536
+python -m benchmarks.run --output-dir measured      then, where the checkout is: report --add measured/results.csv
 
 Whole training steps, loaders and evaluations are commands of their own: python -m benchmarks.bench_train_step --help
 """
@@ -28,7 +29,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--only", action="append", default=[], metavar="WORD", help="benchmark files to run (repeatable)"
     )
-    parser.add_argument("--csv", type=Path, default=results.DEFAULT, help="append rows to this file (%(default)s)")
+    parser.add_argument("--output-dir", type=Path, help="leave CSV, page and plots there, not in the checkout")
     parser.add_argument("--no-check", action="store_true", help="measure without testing the ops on this machine first")
     parser.add_argument("pytest", nargs="*", help="arguments for pytest, after --")
     return parser.parse_args(argv)
@@ -42,6 +43,16 @@ def files(words: Sequence[str]) -> list[str]:
         names = ", ".join(path.stem.removeprefix("bench_") for path in found)
         raise SystemExit(f"error: no benchmark matches {' or '.join(words)}; there are {names}")
     return chosen
+
+
+def places(folder: Path | None) -> tuple[Path, Path, Path]:
+    """(CSV, page, plots): those of the checkout, or the same in a folder of their own."""
+    if folder is None:
+        return results.DEFAULT, report.PAGE, report.PLOTS
+    folder.mkdir(parents=True, exist_ok=True)
+    page = folder.resolve() / report.PAGE.name
+    page.write_text(report.PAGE.read_text())
+    return page.with_name(results.DEFAULT.name), page, page.parent / report.PLOTS.relative_to(report.PAGE.parent)
 
 
 def step(title: str, *arguments: str) -> int:
@@ -65,9 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "error: the ops are wrong on this machine, so nothing was measured (--no-check measures all the same)"
             )
             return 1
-    status = step("Measuring", *chosen, "--csv", str(arguments.csv.resolve()), *arguments.pytest)
+    csv, page, plots = places(arguments.output_dir)
+    status = step("Measuring", *chosen, "--csv", str(csv), *arguments.pytest)
     print("==> Tables and plots")
-    report.main(["--csv", str(arguments.csv)])
+    report.main(["--csv", str(csv), "--page", str(page), "--plots", str(plots)])
     return status
 
 

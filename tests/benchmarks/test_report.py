@@ -76,6 +76,25 @@ def test_numbers(value, text):
     assert report.number(value) == text
 
 
+def test_rows_of_another_machine_are_added(tmp_path):
+    write(tmp_path, row(commit="here"))
+    other = tmp_path / "other.csv"
+    results.append(other, [row(device="NVIDIA H200", commit="there")])
+    places = {"--csv": tmp_path / "r.csv", "--add": other, "--page": tmp_path / "page.md", "--plots": tmp_path}
+    report.main([str(word) for pair in places.items() for word in pair])
+    assert [r["commit"] for r in results.read(tmp_path / "r.csv")] == ["here", "there"]
+    assert "### NVIDIA H200" in (tmp_path / "page.md").read_text()
+
+
+def test_run_leaves_everything_in_the_folder_that_was_named(tmp_path, capfd):
+    before = report.PAGE.read_text()
+    arguments = ["--no-check", "--only", "exp_map", "--output-dir", str(tmp_path / "out"), "--", "--smoke"]
+    assert run.main(arguments) == 0
+    assert "Measuring: passed" in capfd.readouterr().out
+    assert "<!-- targets:begin -->" in (tmp_path / "out" / "benchmarks.md").read_text()
+    assert report.PAGE.read_text() == before
+
+
 def test_run_names_what_there_is_when_nothing_matches():
     with pytest.raises(SystemExit, match=r"no benchmark matches nothing; there are contrastive, .*topk"):
         run.files(["nothing"])
