@@ -294,7 +294,7 @@ def difference_to_published(args: argparse.Namespace, samples: int = 200) -> dic
 
 def soak(args: argparse.Namespace) -> int:
     """Watch the memory of all processes over many batches; write the curve. Fails where it grows by 20 MB."""
-    shards = photo_shards.write(args.cache, samples=2000, longer=64)
+    shards = args.shards or photo_shards.write(args.cache, samples=2000, longer=64)
     rows = []
     for decoder in ("pil", "dali"):
         loader = build_loader(
