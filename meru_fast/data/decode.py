@@ -47,7 +47,8 @@ def crop_and_resize(image: Image.Image, window: Window, size: int) -> Tensor:
     """
     left, top, width, height = window
     try:
-        cut = image.convert("RGB").crop((left, top, left + width, top + height))
+        whole = image if image.mode == "RGB" else image.convert("RGB")
+        cut = whole.crop((left, top, left + width, top + height))
     except Exception as error:
         raise BadSampleError(f"cannot be decoded: {error}") from error
     pixels = torch.from_numpy(np.array(cut)).permute(2, 0, 1)
