@@ -26,6 +26,7 @@ EXTRAS = {
     "train": [
         "deepspeed>=0.19,<0.20",
         "webdataset>=1.0,<2",
+        "braceexpand>=0.1.7,<1",
         "wordsegment>=1.3,<2",
         "tensorboard>=2.15,<3",
         "fsspec>=2024.1",
