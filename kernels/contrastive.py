@@ -33,22 +33,29 @@ Every sum has one owner or a fixed order: results are deterministic. Nothing her
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import libdevice
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .geometry import INTERPRET, asinh, chord, fast_log2, row_norm, shifted_time
-from .tuning import Tiles, processors, tiles_for
+
+from .tuning import TABLE, Tiles, processors, tiles_for
 
 PAD = 128  # rows of an operand are padded to a multiple of this, components to a multiple of PAD_D
 PAD_D = 64
 WORKSPACE = 128 * 2**20  # bytes of weights alive at a time
 ROW_TILE = 4096  # components a program of the row kernels holds
+MERGE_ROWS = 64  # the merge kernel recomputes columns in lower tiles: it keeps more per logit
 PLAIN, HALF, SPLIT = 0, 1, 2  # operands: bfloat16 as is; float16, scaled; float16 [hi | lo], scaled
+
+if TYPE_CHECKING:
+    from .resources import CompileSpec
 
 _INTERPRET = tl.constexpr(INTERPRET)
 _HALF = tl.constexpr(HALF)
@@ -66,9 +73,9 @@ class Side(NamedTuple):
     """One operand of the logits, padded: rows to ``PAD``, components to ``PAD_D``."""
 
     matrix: Tensor  # [n_pad, d_pad] bf16 or fp16, or [n_pad, 2 d_pad] fp16 for [hi | lo]
-    time: (
-        Tensor  # fp32 [n_pad, 2]: shifted time (0 in cosine geometry, +-1e30 marks padding), inverse of the row's scale
-    )
+    time: Tensor  # fp32 [n_pad], shifted time a (0 in cosine geometry); +-1e30 or inf marks padding
+    scale: Tensor  # fp32 [n_pad], inverse of the row's scale
+    slope: Tensor  # fp32 [n_pad], a / (2 (1 + a))
 
 
 class Gradients(NamedTuple):
@@ -82,14 +89,21 @@ class Gradients(NamedTuple):
 
 
 @triton.jit
-def round_bf16(x):
-    """fp32 rounded to the nearest bf16, as fp32 (the interpreter's own conversion truncates)."""
+def to_bf16(x):
+    """fp32 to the nearest bf16 (the interpreter's own conversion truncates)."""
     if _INTERPRET:
         bits = x.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        return bits.to(tl.float32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    return x.to(tl.bfloat16)
+
+
+@triton.jit
+def fast_rsqrt(x):
+    """1 / sqrt(x) in one instruction: no scaling of denormals."""
+    if _INTERPRET:
+        return tl.rsqrt(x)
     else:
-        return x.to(tl.bfloat16).to(tl.float32)
+        return libdevice.rsqrt(x)
 
 
 @triton.jit
@@ -134,24 +148,12 @@ def _inner_products(
 
 
 @triton.jit
-def _load_times(time, index):
-    """Shifted times (+-_ABSENT: padding) and inverse scales of some rows of one side."""
-    return tl.load(time + 2 * index), tl.load(time + 2 * index + 1)
-
-
-@triton.jit
-def _values(acc, a, b, row_scale, col_scale, c, LORENTZ: tl.constexpr, KIND: tl.constexpr):
+def _values(acc, a, b, row_scale, col_scale, c, LORENTZ: tl.constexpr):
     """delta of a tile, or the inner products. A padded column has inf (lorentz) or -inf (cosine)."""
-    if KIND >= _HALF:
-        if LORENTZ:
-            row_scale = c * row_scale
-        acc *= row_scale[:, None] * col_scale[None, :]
-    elif LORENTZ:
-        acc *= c
     if LORENTZ:
-        return a[:, None] * (1.0 + b)[None, :] + b[None, :] - acc
+        return a[:, None] * (1.0 + b)[None, :] + b[None, :] - acc * ((c * row_scale)[:, None] * col_scale[None, :])
     else:
-        return acc + b[None, :]
+        return acc * (row_scale[:, None] * col_scale[None, :]) + b[None, :]
 
 
 @triton.jit
@@ -183,7 +185,7 @@ def _load_rows(ptr, row, n, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _store_operand(
-    points, row, n, matrix, time, c,
+    points, row, n, matrix, time, scales, slopes, c,
     LORENTZ: tl.constexpr, KIND: tl.constexpr, D_PAD: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     k = tl.arange(0, BLOCK_D)
@@ -201,18 +203,19 @@ def _store_operand(
         if KIND == _SPLIT:
             tl.store(target + D_PAD, (scaled - hi.to(tl.float32)).to(tl.float16), mask=inside)
     else:
-        tl.store(target, round_bf16(points).to(tl.bfloat16), mask=inside)
+        tl.store(target, to_bf16(points), mask=inside)
     if LORENTZ:
         shifted = tl.where(row < n, shifted_time(tl.sqrt_rn(c) * row_norm(points)), _ABSENT)
     else:
         shifted = tl.where(row < n, 0.0, -_INF)
-    tl.store(time + 2 * row, shifted)
-    tl.store(time + 2 * row + 1, inverse)
+    tl.store(time + row, shifted)
+    tl.store(scales + row, inverse)
+    tl.store(slopes + row, 0.5 * shifted / (1.0 + shifted))
 
 
 @triton.jit
 def prepare_kernel(
-    image, text, labels, curv, scale, left, left_time, right, right_time, pair,
+    image, text, labels, curv, scale, left, left_time, left_scale, left_slope, right, right_time, right_scale, right_slope, pair,
     b, n, b_pad, image_stride, text_stride,
     LORENTZ: tl.constexpr, KIND: tl.constexpr, LABELS: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -223,7 +226,7 @@ def prepare_kernel(
     if start < b_pad:
         row = start + tl.arange(0, ROWS)
         x = _load_rows(image, row, b, image_stride, D, BLOCK_D)
-        _store_operand(x, row, b, left, left_time, c, LORENTZ, KIND, D_PAD, BLOCK_D)
+        _store_operand(x, row, b, left, left_time, left_scale, left_slope, c, LORENTZ, KIND, D_PAD, BLOCK_D)
         if LABELS:
             partner = tl.load(labels + row, mask=row < b, other=0).to(tl.int32)
         else:
@@ -238,7 +241,7 @@ def prepare_kernel(
     else:
         row = start - b_pad + tl.arange(0, ROWS)
         y = _load_rows(text, row, n, text_stride, D, BLOCK_D)
-        _store_operand(y, row, n, right, right_time, c, LORENTZ, KIND, D_PAD, BLOCK_D)
+        _store_operand(y, row, n, right, right_time, right_scale, right_slope, c, LORENTZ, KIND, D_PAD, BLOCK_D)
 
 
 @triton.jit
@@ -253,7 +256,7 @@ def _label_range(labels, rows, b, LABELS: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    left, right, row_time, col_time, pair, labels, curv, scale, row_max, row_sum, col_top, col_sum,
+    left, right, row_time, col_time, row_scales, col_scales, pair, labels, curv, scale, row_max, row_sum, col_top, col_sum,
     b, b_pad, n_pad, row_tiles, col_tiles, groups, row_span, col_span,
     LORENTZ: tl.constexpr, KIND: tl.constexpr, PAIRS: tl.constexpr, LABELS: tl.constexpr, D_PAD: tl.constexpr,
     TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -270,7 +273,8 @@ def forward_kernel(
     col_end = tl.minimum(col_start + col_span, col_tiles)
     for row in range(row_start, row_end):
         rows = row * BM + tl.arange(0, BM)
-        a, row_scale = _load_times(row_time, rows)
+        a = tl.load(row_time + rows)
+        row_scale = tl.load(row_scales + rows)
         if PAIRS:
             label, first, last = _label_range(labels, rows, b, LABELS)
             pair_value = tl.load(pair + rows)
@@ -279,8 +283,9 @@ def forward_kernel(
         for col in range(col_start, col_end):
             acc = _inner_products(left, right, row, col, D_PAD, KIND, TMA, BM, BN, BK)
             cols = col * BN + tl.arange(0, BN)
-            b_time, col_scale = _load_times(col_time, cols)
-            value = _values(acc, a, b_time, row_scale, col_scale, c, LORENTZ, KIND)
+            b_time = tl.load(col_time + cols)
+            col_scale = tl.load(col_scales + cols)
+            value = _values(acc, a, b_time, row_scale, col_scale, c, LORENTZ)
             if PAIRS:
                 if (first < (col + 1) * BN) & (last >= col * BN):
                     value = tl.where(
@@ -317,20 +322,22 @@ def forward_kernel(
 
 @triton.jit
 def _column_statistics(
-    left, right, row_time, col_time, pair, labels, c, gain, b, col, row_tiles,
+    left, right, row_time, col_time, row_scales, col_scales, pair, labels, c, gain, b, col, row_tiles,
     LORENTZ: tl.constexpr, KIND: tl.constexpr, PAIRS: tl.constexpr, LABELS: tl.constexpr, D_PAD: tl.constexpr,
     TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Maximum and sum of the columns of one tile over all rows, with their own exponentials."""
     cols = col * BN + tl.arange(0, BN)
-    b_time, col_scale = _load_times(col_time, cols)
+    b_time = tl.load(col_time + cols)
+    col_scale = tl.load(col_scales + cols)
     run_max = tl.full([BN], _FLOOR, tl.float32)
     run_sum = tl.zeros([BN], tl.float32)
     for row in range(row_tiles):
         rows = row * BM + tl.arange(0, BM)
-        a, row_scale = _load_times(row_time, rows)
+        a = tl.load(row_time + rows)
+        row_scale = tl.load(row_scales + rows)
         acc = _inner_products(left, right, row, col, D_PAD, KIND, TMA, BM, BN, BK)
-        value = _values(acc, a, b_time, row_scale, col_scale, c, LORENTZ, KIND)
+        value = _values(acc, a, b_time, row_scale, col_scale, c, LORENTZ)
         if PAIRS:
             label, _, _ = _label_range(labels, rows, b, LABELS)
             value = tl.where(label[:, None] == cols[None, :], tl.load(pair + rows)[:, None], value)
@@ -343,19 +350,18 @@ def _column_statistics(
 
 @triton.jit
 def merge_kernel(
-    left, right, row_time, col_time, pair, labels, curv, scale, row_max, row_sum, col_top, col_sum,
+    left, right, row_time, col_time, row_scales, col_scales, pair, labels, curv, scale, row_max, row_sum, col_top, col_sum,
     reference, counts, row_gap, col_gap, loss_parts,
     b, b_pad, n_pad, row_tiles, col_tiles, groups, spans, loss_weight,
     LORENTZ: tl.constexpr, KIND: tl.constexpr, PAIRS: tl.constexpr, LABELS: tl.constexpr, D_PAD: tl.constexpr,
-    TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    SLICES: tl.constexpr, TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Base-2 log-sum-exps less the reference logits (0 for padding), and each tile's part of the loss."""
-    SLICES: tl.constexpr = BM // 16
     program = tl.program_id(0)
     gain = _gain(curv, scale, LORENTZ)
     if program < col_tiles:
         cols = program * BN + tl.arange(0, BN)
-        present = tl.abs(tl.load(col_time + 2 * cols)) < _PRESENT
+        present = tl.abs(tl.load(col_time + cols)) < _PRESENT
         peak = tl.load(col_top + program)
         for group in range(1, groups):
             peak = tl.maximum(peak, tl.load(col_top + group * col_tiles + program))
@@ -368,7 +374,7 @@ def merge_kernel(
         total = tl.where(present, total, 1.0)
         if tl.min(total) < _LOST:
             peak, total = _column_statistics(
-                left, right, row_time, col_time, pair, labels, tl.load(curv).to(tl.float32), gain, b, program,
+                left, right, row_time, col_time, row_scales, col_scales, pair, labels, tl.load(curv).to(tl.float32), gain, b, program,
                 row_tiles, LORENTZ, KIND, PAIRS, LABELS, D_PAD, TMA, BM, BN, BK,
             )  # fmt: skip
             total = tl.where(present, total, 1.0)
@@ -382,43 +388,51 @@ def merge_kernel(
         tl.store(loss_parts + program, tl.sum(gap) * tl.cast(loss_weight, tl.float32))
     else:
         rows = (program - col_tiles) * BM + tl.arange(0, BM)
-        present = rows < b
-        peak = tl.full([BM], _FLOOR, tl.float32)
-        total = tl.zeros([BM], tl.float32)
+        real = rows < b
+        row_peak = tl.full([BM], _FLOOR, tl.float32)
+        row_total = tl.zeros([BM], tl.float32)
         for span in range(spans):
-            slot = tl.cast(b_pad, tl.int64) * span + rows
-            part_max = tl.load(row_max + slot)
-            new_max = tl.maximum(peak, part_max)
-            total = total * tl.exp2(peak - new_max) + tl.load(row_sum + slot) * tl.exp2(part_max - new_max)
-            peak = new_max
-        own = tl.load(pair + b_pad + rows)
-        gap = tl.where(present, (peak - own) + tl.log2(tl.where(present, total, 1.0)), 0.0)
-        tl.store(row_gap + rows, gap)
-        gap = tl.where(present, gap - tl.load(pair + 2 * b_pad + rows), 0.0)
-        tl.store(loss_parts + program, tl.sum(gap) * tl.cast(loss_weight, tl.float32))
+            row_slot = tl.cast(b_pad, tl.int64) * span + rows
+            part_max = tl.load(row_max + row_slot)
+            new_max = tl.maximum(row_peak, part_max)
+            row_total = row_total * tl.exp2(row_peak - new_max)
+            row_total += tl.load(row_sum + row_slot) * tl.exp2(part_max - new_max)
+            row_peak = new_max
+        row_own = tl.load(pair + b_pad + rows)
+        row_gaps = tl.where(real, (row_peak - row_own) + tl.log2(tl.where(real, row_total, 1.0)), 0.0)
+        tl.store(row_gap + rows, row_gaps)
+        row_gaps = tl.where(real, row_gaps - tl.load(pair + 2 * b_pad + rows), 0.0)
+        tl.store(loss_parts + program, tl.sum(row_gaps) * tl.cast(loss_weight, tl.float32))
 
 
 @triton.jit
 def _store_parts(value, target, stride, inside, PARTS: tl.constexpr):
-    """fp32 as a sum of bf16 parts, ``stride`` apart; returns the sum."""
-    total = tl.zeros(value.shape, tl.float32)
+    """fp32 as a sum of bf16 parts, ``stride`` apart."""
     for part in tl.static_range(PARTS):
-        rounded = round_bf16(value - total)
-        tl.store(target + part * stride, rounded.to(tl.bfloat16), mask=inside)
-        total += rounded
-    return total
+        rounded = to_bf16(value)
+        tl.store(target + part * stride, rounded, mask=inside)
+        value -= rounded.to(tl.float32)
+
+
+@triton.jit
+def _halves(tile):
+    """The left and the right half of a tile's columns."""
+    rows: tl.constexpr = tile.shape[0]
+    half: tl.constexpr = tile.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(tile, [rows, 2, half]), [0, 2, 1]))
 
 
 @triton.jit
 def weights_kernel(
-    left, right, row_time, col_time, pair, labels, curv, scale, row_gap, col_gap, reference,
-    weights, row_sums, col_sums, parts,
+    left, right, row_time, col_time, row_scales, col_scales, pair, labels, curv, scale,
+    row_slopes, col_slopes, row_gap, col_gap, reference, weights, row_sums, col_sums, parts,
     b, b_pad, n_pad, width, row_first, col_first, row_tiles, col_tiles, groups, row_span, col_span, programs, log_weight,
     LORENTZ: tl.constexpr, KIND: tl.constexpr, PAIRS: tl.constexpr, LABELS: tl.constexpr, PARTS: tl.constexpr,
-    D_PAD: tl.constexpr, TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    D_PAD: tl.constexpr, TMA: tl.constexpr, HALVES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """W of the block of tiles that starts at tile (row_first, col_first), as a sum of bf16 PARTS side by side."""
-    SLICES: tl.constexpr = BM // 16
+    HALF_N: tl.constexpr = BN // HALVES
     program = tl.program_id(0)
     group = program % groups
     span = program // groups
@@ -433,62 +447,80 @@ def weights_kernel(
     curv_part = tl.zeros([BM], tl.float32)
     for row in range(row_start, row_end):
         rows = row * BM + tl.arange(0, BM)
-        a, row_scale = _load_times(row_time, rows)
+        a = tl.load(row_time + rows)
         row_present = tl.abs(a) < _PRESENT
         a = tl.where(row_present, a, 0.0)
+        row_scale = tl.load(row_scales + rows)
+        row_slope = tl.load(row_slopes + rows)
         row_logit = tl.load(pair + b_pad + rows)
         row_shift = tl.where(row_present, tl.load(row_gap + rows) + offset, _INF)
         if PAIRS:
-            label, first, last = _label_range(labels, rows, b, LABELS)
+            label, _, _ = _label_range(labels, rows, b, LABELS)
         gain_row = tl.zeros([BM], tl.float32)
         curv_row = tl.zeros([BM], tl.float32)
         row_sum = tl.zeros([BM], tl.float32)
         for col in range(col_start, col_end):
             acc = _inner_products(left, right, row, col, D_PAD, KIND, TMA, BM, BN, BK)
-            cols = col * BN + tl.arange(0, BN)
-            b_time, col_scale = _load_times(col_time, cols)
-            col_present = tl.abs(b_time) < _PRESENT
-            b_time = tl.where(col_present, b_time, 0.0)
-            col_logit = tl.load(reference + cols, mask=col_present, other=0.0)
-            col_shift = tl.where(col_present, tl.load(col_gap + cols) + offset, _INF)
-            value = _values(acc, a, b_time, row_scale, col_scale, c, LORENTZ, KIND)
-            if LORENTZ:
-                square = tl.abs(value * (value + 2.0))
-                inverse = tl.where(square > 1e-37, tl.rsqrt(tl.maximum(square, 1e-37)), 0.0)  # coinciding: no direction
-                sinh = square * inverse
-                # log2 loses digits next to 1, where the series of asinh converges
-                near = 1.0 + square * (-1 / 6 + square * (3 / 40 + square * (-5 / 112 + square * (35 / 1152))))
-                measure = tl.where(square < 0.04, sinh * near * _LOG2E, fast_log2(1.0 + value + sinh))
-            else:
-                measure = value
-            # twice two differences: the first is nearly exact, as both terms are of one size
-            grad = tl.exp2(tl.fma(measure, gain, -row_logit[:, None]) - row_shift[:, None])
-            grad += tl.exp2(tl.fma(measure, gain, -col_logit[None, :]) - col_shift[None, :])
-            ragged = tl.min(col_present.to(tl.int32)) == 0
-            if PAIRS:
-                if ragged | ((first < (col + 1) * BN) & (last >= col * BN)):
-                    own = (label - col * BN)[:, None] == tl.arange(0, BN)[None, :]
-                    grad = tl.where(own | (col_shift == _INF)[None, :], 0.0, grad)
-            elif ragged:
-                grad = tl.where((col_shift == _INF)[None, :], 0.0, grad)
-            gain_row += tl.sum(grad * measure, axis=1)
-            if LORENTZ:
-                weight = grad * (gain * inverse)
-                gap = a[:, None] - b_time[None, :]
-                slope_gap = (0.5 * a / (1.0 + a))[:, None] - (0.5 * b_time / (1.0 + b_time))[None, :]
-                curv_row += tl.sum(weight * (value - gap * slope_gap), axis=1)
-            else:
-                weight = grad * (gain * _LN2)
-            target = weights + ((row - row_first) * BM + tl.arange(0, BM)).to(tl.int64)[:, None] * width
-            target += ((col - col_first) * BN + tl.arange(0, BN))[None, :]
-            rounded = _store_parts(weight, target, width // PARTS, True, PARTS)
-            if LORENTZ:
-                row_sum += tl.sum(rounded * (1.0 + b_time)[None, :], axis=1)
-                col_sum = rounded * tl.where(row_present, 1.0 + a, 0.0)[:, None]
-                col_sum = tl.sum(tl.reshape(col_sum, [SLICES, 16, BN]), axis=1)
-                slot = (tl.cast(n_pad, tl.int64) * (group * SLICES + tl.arange(0, SLICES)))[:, None] + cols[None, :]
-                tl.store(col_sums + slot, tl.load(col_sums + slot) + col_sum)
-                tl.debug_barrier()  # the slices are read again at the next row
+            for half in tl.static_range(HALVES):
+                if HALVES == 1:
+                    products = acc
+                elif half == 0:
+                    products, rest = _halves(acc)  # half as many column vectors alive at a time: nothing spills
+                else:
+                    products = rest
+                start = col * BN + half * HALF_N
+                cols = start + tl.arange(0, HALF_N)
+                b_time = tl.load(col_time + cols)
+                col_present = tl.abs(b_time) < _PRESENT
+                b_time = tl.where(col_present, b_time, 0.0)
+                value = _values(products, a, b_time, row_scale, tl.load(col_scales + cols), c, LORENTZ)
+                if LORENTZ:
+                    square = tl.abs(value * (value + 2.0))
+                    # coinciding points have no direction
+                    inverse = tl.where(square > 1e-37, fast_rsqrt(tl.maximum(square, 1e-37)), 0.0)
+                    sinh = square * inverse
+                    measure = fast_log2(1.0 + value + sinh)
+                    if KIND != 0:  # log2 loses digits next to 1, where the series of asinh converges
+                        near = 1.0 + square * (-1 / 6 + square * (3 / 40 + square * (-5 / 112 + square * (35 / 1152))))
+                        measure = tl.where(square < 0.04, sinh * near * _LOG2E, measure)
+                else:
+                    measure = value
+                # twice two differences: the first is nearly exact, as both terms are of one size
+                col_logit = tl.load(reference + cols, mask=col_present, other=0.0)
+                col_shift = tl.where(col_present, tl.load(col_gap + cols) + offset, _INF)
+                grad = tl.exp2(tl.fma(measure, gain, -row_logit[:, None]) - row_shift[:, None])
+                grad = grad * tl.where(col_present, 1.0, 0.0)[None, :] + tl.exp2(
+                    tl.fma(measure, gain, -col_logit[None, :]) - col_shift[None, :]
+                )
+                if PAIRS:
+                    grad = tl.where((label - start)[:, None] == tl.arange(0, HALF_N)[None, :], 0.0, grad)
+                gain_row += tl.sum(grad * measure, axis=1)
+                if LORENTZ:
+                    weight = (grad * gain) * inverse
+                    gap = a[:, None] - b_time[None, :]
+                    slope_gap = row_slope[:, None] - tl.load(col_slopes + cols)[None, :]
+                    curv_row += tl.sum(weight * (value - gap * slope_gap), axis=1)
+                else:
+                    weight = grad * (gain * _LN2)
+                total = tl.zeros([BM, HALF_N], tl.float32)
+                for part in tl.static_range(PARTS):
+                    rounded = to_bf16(weight)
+                    at_row = (row - row_first) * BM
+                    at_col = (col - col_first) * BN + half * HALF_N + part * (width // PARTS)
+                    if TMA:
+                        weights.store([at_row, at_col], rounded)
+                    else:
+                        target = weights + (at_row + tl.arange(0, BM)).to(tl.int64)[:, None] * width
+                        tl.store(target + (at_col + tl.arange(0, HALF_N))[None, :], rounded)
+                    if PARTS == 1:
+                        total = rounded.to(tl.float32)
+                    else:
+                        weight -= rounded.to(tl.float32)
+                        total += rounded.to(tl.float32)
+                if LORENTZ:
+                    row_sum += tl.sum(total * (1.0 + b_time)[None, :], axis=1)
+                    _add_columns(col_sums, total * tl.where(row_present, 1.0 + a, 0.0)[:, None], group, n_pad, cols)
+            tl.debug_barrier()  # the slices of column sums are read again at the next row
         gain_part += tl.where(row_present, gain_row, 0.0)
         curv_part += tl.where(row_present, curv_row, 0.0)
         if LORENTZ:
@@ -499,21 +531,30 @@ def weights_kernel(
 
 
 @triton.jit
+def _add_columns(target, values, group, stride, cols):
+    """Add sums over every 16 rows of a tile to this group's slices."""
+    slices: tl.constexpr = values.shape[0] // 16
+    sums = tl.sum(tl.reshape(values, [slices, 16, values.shape[1]]), axis=1)
+    slot = target + (tl.cast(stride, tl.int64) * (group * slices + tl.arange(0, slices)))[:, None] + cols[None, :]
+    tl.store(slot, tl.load(slot) + sums)
+
+
+@triton.jit
 def expand_kernel(
-    left, left_time, right, right_time, out_left, out_right, rows,
+    left, left_scale, right, right_scale, out_left, out_right, rows,
     KIND: tl.constexpr, PARTS: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """float16 operands -> points as sums of bf16 PARTS, for the gradient products. ``rows`` of left, then right."""
     start = tl.program_id(0) * ROWS
     if start < rows:
-        _expand(left, left_time, out_left, start, KIND, PARTS, D_PAD, ROWS, BLOCK_D)
+        _expand(left, left_scale, out_left, start, KIND, PARTS, D_PAD, ROWS, BLOCK_D)
     else:
-        _expand(right, right_time, out_right, start - rows, KIND, PARTS, D_PAD, ROWS, BLOCK_D)
+        _expand(right, right_scale, out_right, start - rows, KIND, PARTS, D_PAD, ROWS, BLOCK_D)
 
 
 @triton.jit
 def _expand(
-    matrix, time, out, start,
+    matrix, scales, out, start,
     KIND: tl.constexpr, PARTS: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = start + tl.arange(0, ROWS)
@@ -523,7 +564,7 @@ def _expand(
     points = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     if KIND == _SPLIT:
         points += tl.load(source + D_PAD, mask=inside, other=0.0).to(tl.float32)
-    points *= tl.load(time + 2 * row + 1)[:, None]
+    points *= tl.load(scales + row)[:, None]
     target = out + row.to(tl.int64)[:, None] * (PARTS * D_PAD) + k[None, :]
     _store_parts(points, target, D_PAD, inside, PARTS)
 
@@ -574,8 +615,8 @@ def finish_kernel(
         pair_grad = tl.where(real, pair_grad * tl.cast(half_weight, tl.float32), 0.0)
         wy = _load_rows(left_grad, row, b, D_PAD, D, BLOCK_D)
         if LORENTZ:
-            time_x = 1.0 + tl.load(row_time + 2 * row, mask=real, other=0.0)
-            time_y = 1.0 + tl.load(col_time + 2 * partner, mask=real, other=0.0)
+            time_x = 1.0 + tl.load(row_time + row, mask=real, other=0.0)
+            time_y = 1.0 + tl.load(col_time + partner, mask=real, other=0.0)
             gap = x - y
             a_minus_b = c * tl.sum(gap * (x + y), axis=1) / (time_x + time_y)
             square = value * (value + 2.0)
@@ -622,7 +663,7 @@ def _tile_gradient(
     """Gradient of texts by all pairs that are not given: c (sum_i W A / B y - W^T X)."""
     wx = _load_rows(right_grad, row, n, D_PAD, D, BLOCK_D)
     if LORENTZ:
-        time = 1.0 + tl.load(col_time + 2 * row, mask=row < n, other=0.0)
+        time = 1.0 + tl.load(col_time + row, mask=row < n, other=0.0)
         return c * ((_sum_slices(col_sums, row, n_pad, slices) / time)[:, None] * y - wx)
     else:
         return wx
@@ -631,8 +672,9 @@ def _tile_gradient(
 @triton.jit
 def _store_gradient(ptr, value, inside):
     if ptr.dtype.element_ty == tl.bfloat16:
-        value = round_bf16(value)
-    tl.store(ptr, value.to(ptr.dtype.element_ty), mask=inside)
+        tl.store(ptr, to_bf16(value), mask=inside)
+    else:
+        tl.store(ptr, value.to(ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -707,6 +749,7 @@ class TritonEngine:
         self.weight_parts = 3 if precision == "highest" else 1
         self.point_parts = 1 if plain else 3 if self.kind == SPLIT and precision == "highest" else 2
         self.curv, self.scale = curv, scale
+        self._weights_name = "weights" if self.weight_parts == 1 else "weights_highest"
 
     def prepare(self, image: Tensor, text: Tensor, labels: Tensor | None) -> tuple[Side, Side, Tensor]:
         """Operands of both sides; values, logits and roundings ``[3, b_pad]`` of the given pairs. One launch."""
@@ -732,7 +775,7 @@ class TritonEngine:
         """Room for one operand of ``rows`` padded rows."""
         dtype = torch.bfloat16 if self.kind == PLAIN else torch.float16
         matrix = like.new_empty((rows, _padded(width, PAD_D) * (2 if self.kind == SPLIT else 1)), dtype=dtype)
-        return Side(matrix, like.new_empty((rows, 2), dtype=torch.float32))
+        return Side(matrix, *(like.new_empty(rows, dtype=torch.float32) for _ in range(3)))
 
     def forward(
         self,
@@ -762,25 +805,48 @@ class TritonEngine:
             log-sum-exp less the pair's logit of rows ``[b_pad]``, less the reference of columns ``[n_pad]``, 0 for padding;
             and parts whose sum is ``loss_weight`` times their sum.
         """
+        key = len(left.time), len(right.time), left.matrix.shape[1], self.kind, self.lorentz
+
+        def run(tiles: Tiles) -> tuple[Tensor, Tensor, Tensor]:
+            return self._forward(tiles, left, right, pair, reference, has_pairs, labels, counts, b, loss_weight)
+
+        return run(tiles_for("forward", left.time.device, key, run))
+
+    def _forward(
+        self,
+        tiles: Tiles,
+        left: Side,
+        right: Side,
+        pair: Tensor,
+        reference: Tensor,
+        has_pairs: bool,
+        labels: Tensor | None,
+        counts: Tensor | None,
+        b: int,
+        loss_weight: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         b_pad, n_pad = len(left.time), len(right.time)
-        tiles = tiles_for("forward", left.time.device)
         row_tiles, col_tiles = -(-b // tiles.rows), n_pad // tiles.cols
         split = split_tiles(row_tiles, col_tiles, processors(left.time.device) * tiles.per_sm)
         row_max, row_sum = left.time.new_empty(2, split.spans, b_pad).unbind()
         col_sum = left.time.new_empty(split.groups * (tiles.rows // 16), n_pad)
         col_top = left.time.new_empty(split.groups, col_tiles)
         row_gap, col_gap = left.time.new_empty(b_pad), left.time.new_empty(n_pad)
-        loss_parts = left.time.new_empty(row_tiles + col_tiles)
+        loss_parts = left.time.new_empty(-(-b // MERGE_ROWS) + col_tiles)
         statistics = row_max, row_sum, col_top, col_sum
         tensors = *self._tensors(left, right, tiles), pair, pair if labels is None else labels, self.curv, self.scale
         options = self._options(left, has_pairs, labels, tiles)
         forward_kernel[(split.groups * split.spans,)](
             *tensors, *statistics, b, b_pad, n_pad, row_tiles, col_tiles, split.groups, split.row_span, split.col_span,
-            **options,
+            **options, **_register_limit(tiles, has_pairs),
         )  # fmt: skip
-        merge_kernel[(row_tiles + col_tiles,)](
+        slices, lower = tiles.rows // 16, replace(tiles, rows=MERGE_ROWS)
+        tensors = *self._tensors(left, right, lower), *tensors[6:]
+        merge_tiles = -(-b // lower.rows)
+        merge_kernel[(merge_tiles + col_tiles,)](
             *tensors, *statistics, reference, reference if counts is None else counts, row_gap, col_gap, loss_parts,
-            b, b_pad, n_pad, row_tiles, col_tiles, split.groups, split.spans, loss_weight, **options,
+            b, b_pad, n_pad, merge_tiles, col_tiles, split.groups, split.spans, loss_weight,
+            SLICES=slices, **self._options(left, has_pairs, labels, lower),
         )  # fmt: skip
         return row_gap, col_gap, loss_parts
 
@@ -802,12 +868,34 @@ class TritonEngine:
         ``dL/dlogit = 2^(logit - row_lse - log_weight) + 2^(logit - col_lse - log_weight)``. A column that counts several times
         has the base-2 logarithm of its count taken off ``col_gap``.
         """
+        key = len(left.time), len(right.time), left.matrix.shape[1], self.kind, self.lorentz, self.weight_parts
+
+        def run(tiles: Tiles) -> Gradients:
+            return self._backward(
+                tiles, left, right, pair, reference, has_pairs, labels, row_gap, col_gap, b, log_weight
+            )
+
+        return run(tiles_for(self._weights_name, left.time.device, key, run))
+
+    def _backward(
+        self,
+        tiles: Tiles,
+        left: Side,
+        right: Side,
+        pair: Tensor,
+        reference: Tensor,
+        has_pairs: bool,
+        labels: Tensor | None,
+        row_gap: Tensor,
+        col_gap: Tensor,
+        b: int,
+        log_weight: float,
+    ) -> Gradients:
         b_pad, n_pad = len(left.time), len(right.time)
         options = _row_options(left.matrix.shape[1] // (2 if self.kind == SPLIT else 1))
         d_pad = options["D_PAD"]
         parts, depth = self.weight_parts, self.point_parts
         terms = [(i, j) for i in range(parts) for j in range(depth) if i + j < max(parts, depth)]
-        tiles = tiles_for("weights", left.time.device)
         programs = processors(left.time.device) * tiles.per_sm
         blocks = [
             (rows, cols, split_tiles(_length(rows) // tiles.rows, _length(cols) // tiles.cols, programs))
@@ -824,19 +912,24 @@ class TritonEngine:
         for rows, cols, split in blocks:
             width = _length(cols) * parts
             weights = workspace[: _length(rows) * width].view(_length(rows), width)
+            target = (
+                TensorDescriptor.from_tensor(weights, [tiles.rows, tiles.cols // tiles.halves])
+                if tiles.tma
+                else weights
+            )
             weights_kernel[(split.groups * split.spans,)](
                 *self._tensors(left, right, tiles), pair, pair if labels is None else labels, self.curv, self.scale,
-                row_gap, col_gap, reference, weights, row_sums, col_sums, totals,
+                left.slope, right.slope, row_gap, col_gap, reference, target, row_sums, col_sums, totals,
                 b, b_pad, n_pad, width, rows.start // tiles.rows, cols.start // tiles.cols,
                 _length(rows) // tiles.rows, _length(cols) // tiles.cols,
                 split.groups, split.row_span, split.col_span, programs, log_weight,
-                PARTS=parts, **self._options(left, has_pairs, labels, tiles),
+                PARTS=parts, HALVES=tiles.halves, **self._options(left, has_pairs, labels, tiles),
             )  # fmt: skip
             x, y = left.matrix[rows], right.matrix[cols]
             if expanded is not None:
                 targets = expanded[: len(x)], expanded[len(x) : len(x) + len(y)]
                 expand_kernel[((len(x) + len(y)) // options["ROWS"],)](
-                    x, left.time[rows], y, right.time[cols], *targets, len(x), KIND=self.kind, PARTS=depth, **options
+                    x, left.scale[rows], y, right.scale[cols], *targets, len(x), KIND=self.kind, PARTS=depth, **options
                 )
                 x, y = targets
             weights, x, y = weights.chunk(parts, 1), x.split(d_pad, 1), y.split(d_pad, 1)
@@ -897,22 +990,57 @@ class TritonEngine:
                 TensorDescriptor.from_tensor(left.matrix, [tiles.rows, tiles.inner]),
                 TensorDescriptor.from_tensor(right.matrix, [tiles.cols, tiles.inner]),
             )
-        return *matrices, left.time, right.time
+        return *matrices, left.time, right.time, left.scale, right.scale
 
-    def _options(self, left: Side, has_pairs: bool, labels: Tensor | None, tiles: Tiles) -> dict[str, Any]:
+    def _specs(self, capability: int, arch: str, pairs: bool) -> "list[CompileSpec]":
+        """Entries of the tile kernels for one architecture."""
+        found = []
+        kind = "bf16" if self.kind == PLAIN else "fp16"
+        variant = f"{'lorentz' if self.lorentz else 'cosine'},{self.precision}{',pairs' if pairs else ''}"
+        names = (forward_kernel, "forward"), (merge_kernel, "forward"), (weights_kernel, self._weights_name)
+        for kernel, name in names:
+            tiles = TABLE[name, capability][0]
+            extra = {"PARTS": self.weight_parts, "HALVES": tiles.halves} if kernel is weights_kernel else {}
+            if kernel is merge_kernel:
+                extra = {"SLICES": tiles.rows // 16}
+                tiles = replace(tiles, rows=MERGE_ROWS)
+            types = {"left": f"*{kind}", "right": f"*{kind}", "weights": "*bf16"}
+            if tiles.tma:
+                types = {
+                    "left": f"tensordesc<{kind}[{tiles.rows},{tiles.inner}]>",
+                    "right": f"tensordesc<{kind}[{tiles.cols},{tiles.inner}]>",
+                    "weights": f"tensordesc<bf16[{tiles.rows},{tiles.cols // tiles.halves}]>",
+                }
+            spec = _spec(kernel, variant, types, self._constants(512, pairs, False, tiles) | extra, tiles, arch)
+            if kernel is forward_kernel:
+                spec = replace(spec, **_register_limit(tiles, pairs))
+            elif kernel is merge_kernel:
+                spec = replace(spec, outputs=0)
+            found.append(spec)
+        return found
+
+    def _constants(self, d_pad: int, has_pairs: bool, has_labels: bool, tiles: Tiles) -> dict[str, Any]:
         return {
             "LORENTZ": self.lorentz,
             "KIND": self.kind,
             "PAIRS": has_pairs,
-            "LABELS": labels is not None,
-            "D_PAD": left.matrix.shape[1] // (2 if self.kind == SPLIT else 1),
+            "LABELS": has_labels,
+            "D_PAD": d_pad,
             "TMA": tiles.tma,
             "BM": tiles.rows,
             "BN": tiles.cols,
             "BK": tiles.inner,
-            "num_warps": tiles.warps,
-            "num_stages": tiles.stages,
         }
+
+    def _options(self, left: Side, has_pairs: bool, labels: Tensor | None, tiles: Tiles) -> dict[str, Any]:
+        d_pad = left.matrix.shape[1] // (2 if self.kind == SPLIT else 1)
+        launch = {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True}
+        return self._constants(d_pad, has_pairs, labels is not None, tiles) | launch
+
+
+def _register_limit(tiles: Tiles, has_pairs: bool) -> dict[str, int]:
+    """Without pairs the forward kernel fits two programs on an SM only when told to."""
+    return {"maxnreg": 128} if tiles.tma and tiles.per_sm == 2 and tiles.warps == 8 and not has_pairs else {}
 
 
 def _padded(size: int, multiple: int) -> int:
@@ -954,3 +1082,74 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, new: bool) -> None:
         torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
     else:
         torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
+
+
+def compile_specs() -> "list[CompileSpec]":
+    """What ``resources`` compiles: D = 512 in every precision and geometry, with and without pairs in the block."""
+    variants = [  # geometry, precision, points, pairs in the block
+        (True, "high", torch.float32, True),
+        (True, "high", torch.float32, False),
+        (True, "highest", torch.float32, True),
+        (True, "medium", torch.float32, True),
+        (False, "high", torch.float32, True),
+        (False, "medium", torch.float32, True),
+    ]
+    found = []
+    for capability, arch in ((8, "sm_80"), (9, "sm_90"), (10, "sm_100")):
+        for lorentz, precision, dtype, pairs in variants:
+            engine = TritonEngine("lorentz" if lorentz else "cosine", precision, dtype, None, None)
+            found += engine._specs(capability, arch, pairs)
+    return found + _row_specs()
+
+
+def _spec(
+    kernel: Any, variant: str, dtypes: dict[str, str], constants: dict[str, Any], tiles: Tiles | None, arch: str | None
+) -> "CompileSpec":
+    """An entry; arguments not named in ``dtypes`` are fp32 pointers, sizes i32, weights fp32."""
+    from .resources import ARCHITECTURES, CompileSpec
+
+    sizes = {"b", "n", "groups", "spans", "programs", "width", "rows", "row_slices", "col_slices", "row_programs"}
+    sizes |= {"b_pad", "n_pad", "row_tiles", "col_tiles", "row_span", "col_span", "row_first", "col_first"}
+    sizes |= {"image_stride", "text_stride", "tile_programs", "pair_programs"}
+    factors = {"loss_weight", "log_weight", "half_weight"}
+    signature = {}
+    for name in kernel.arg_names:
+        if name not in constants:
+            default = "i32" if name in sizes else "fp32" if name in factors else "*fp32"
+            signature[name] = dtypes.get(name, default)
+    aligned = {"b_pad", "n_pad", "width", "image_stride", "text_stride"}
+    pointers = (
+        name for name, kind in signature.items() if kind[0] == "*" and name not in ("curv", "scale", "upstream")
+    )
+    return CompileSpec(
+        name=f"{kernel.__name__.removesuffix('_kernel')}[{variant}]",
+        kernel=kernel,
+        signature=signature,
+        constexprs=constants,
+        divisible=(*pointers, *(name for name in signature if name in aligned)),
+        num_warps=tiles.warps if tiles else 4,
+        num_stages=tiles.stages if tiles else 3,
+        outputs=tiles.rows * tiles.cols if tiles else 0,
+        architectures=(arch,) if arch else tuple(ARCHITECTURES),
+    )
+
+
+def _row_specs() -> "list[CompileSpec]":
+    options = _row_options(512)
+    options.pop("num_warps")
+    rows = {"D": 512, **options, "LORENTZ": True, "LABELS": False}
+    return [
+        _spec(
+            prepare_kernel, "contrastive,high", {"left": "*fp16", "right": "*fp16"}, rows | {"KIND": SPLIT}, None, None
+        ),
+        _spec(finish_kernel, "contrastive", {}, rows, None, None),
+        _spec(
+            expand_kernel,
+            "contrastive,high",
+            {"left": "*fp16", "right": "*fp16", "out_left": "*bf16", "out_right": "*bf16"},
+            {"KIND": SPLIT, "PARTS": 2, **options},
+            None,
+            None,
+        ),
+        _spec(scalars_kernel, "contrastive", {}, {"LORENTZ": True, "BLOCK": 1024}, None, None),
+    ]

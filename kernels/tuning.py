@@ -1,9 +1,9 @@
-"""Frozen launch configurations, one table; measured tuning only when asked for.
+"""Frozen launch configurations in one table; measured tuning only when asked for.
 
-The table says for each architecture how large the tiles of the contrastive kernels are. Its entries come from offline
-compiles (``python -m meru_fast.kernels.resources``): no spills, an asynchronous pipeline, and two programs on an SM where
-that is possible, so that one multiplies while the other takes logarithms. ``MERU_FAST_AUTOTUNE=1`` times the candidates
-on the device at the first call of each shape instead and keeps the fastest for the life of the process.
+The entries come from offline compiles (``python -m meru_fast.kernels.resources``): nothing spills, the pipeline is
+asynchronous, and where registers allow two programs share an SM, so that one multiplies while the other takes
+logarithms. With ``MERU_FAST_AUTOTUNE=1`` the first call of each shape times the candidates on the device instead and
+the fastest stays for the life of the process.
 """
 
 import functools
@@ -23,9 +23,10 @@ class Tiles:
     Attributes:
         rows, cols: logits of a tile; divisors of 128.
         inner: components of a step of the matrix product; a divisor of 64.
-        warps, stages: of a program; depth of its pipeline.
+        warps, stages: of a program, and of its pipeline.
         tma: load tiles through tensor descriptors (sm_90 and later) instead of pointers.
         per_sm: programs that share an SM.
+        halves: 2 to work through the columns of a finished tile in two halves, which takes fewer registers.
     """
 
     rows: int = 128
@@ -35,31 +36,66 @@ class Tiles:
     stages: int = 3
     tma: bool = True
     per_sm: int = 2
+    halves: int = 1
 
 
-# (kernel, compute capability major) -> configuration. D does not matter to the footprint: the product walks it in steps.
-TABLE: dict[tuple[str, int], Tiles] = {
-    ("forward", 8): Tiles(rows=64, cols=128, inner=64, warps=4, stages=3, tma=False, per_sm=2),
-    ("weights", 8): Tiles(rows=64, cols=64, inner=64, warps=4, stages=3, tma=False, per_sm=2),
-    ("forward", 9): Tiles(),
-    ("weights", 9): Tiles(),
-    ("forward", 10): Tiles(),
-    ("weights", 10): Tiles(),
+# (kernel, compute capability) -> configurations, the default first, then the candidates of the tuner. D does not
+# change the footprint: the product walks it in steps. The dtype changes only the number of steps.
+TABLE: dict[tuple[str, int], tuple[Tiles, ...]] = {
+    ("forward", 8): (
+        Tiles(128, 64, 64, 4, 3, tma=False),
+        Tiles(64, 64, 64, 4, 4, tma=False, per_sm=3),
+        Tiles(128, 128, 32, 8, 4, tma=False, per_sm=1),
+    ),
+    ("weights", 8): (Tiles(64, 64, 64, 4, 3, tma=False), Tiles(64, 32, 64, 4, 4, tma=False, per_sm=3)),
+    ("forward", 9): (
+        Tiles(),
+        Tiles(128, 64, 64, 4, 4, per_sm=3),
+        Tiles(128, 128, 64, 8, 4, per_sm=1),
+    ),
+    ("weights", 9): (
+        Tiles(128, 64, 64, 8, 3, per_sm=1, halves=2),
+        Tiles(64, 64, 64, 4, 4, per_sm=3, halves=2),
+        Tiles(128, 128, 64, 8, 3, per_sm=1, halves=2),
+    ),
+    ("weights_highest", 8): (Tiles(64, 32, 64, 4, 3, tma=False, per_sm=3),),
+    ("weights_highest", 9): (Tiles(128, 64, 64, 8, 3, per_sm=1, halves=2), Tiles(64, 64, 64, 4, 4, per_sm=3, halves=2)),
+    ("weights_highest", 10): (Tiles(128, 64, 64, 8, 4, per_sm=1), Tiles(64, 64, 64, 4, 4)),
+    ("forward", 10): (Tiles(per_sm=1), Tiles(128, 64, 64, 4, 4)),
+    ("weights", 10): (Tiles(128, 64, 64, 8, 4, per_sm=1), Tiles(64, 64, 64, 4, 4)),
 }
-CANDIDATES: dict[int, tuple[Tiles, ...]] = {
-    8: (Tiles(64, 128, 64, 4, 3, False), Tiles(64, 64, 64, 4, 3, False), Tiles(128, 64, 64, 4, 3, False)),
-    9: (Tiles(), Tiles(128, 64, 64, 4, 4, per_sm=3), Tiles(128, 128, 64, 8, 4, per_sm=1)),
-    10: (Tiles(), Tiles(128, 64, 64, 4, 4, per_sm=3), Tiles(128, 128, 64, 8, 4, per_sm=1)),
-}
-INTERPRETER = Tiles(rows=64, cols=64, inner=64, warps=4, stages=1, tma=False, per_sm=1)
+INTERPRETER = Tiles(64, 64, 64, 4, 1, tma=False, per_sm=1, halves=2)
+_tuned: dict[tuple, Tiles] = {}
 
 
-def tiles_for(kernel: str, device: torch.device) -> Tiles:
-    """The frozen configuration of ``"forward"`` or ``"weights"`` on a device."""
+def candidates(kernel: str, device: torch.device) -> tuple[Tiles, ...]:
+    """Configurations of ``"forward"``, ``"weights"`` or ``"weights_highest"`` for a device, the frozen default first."""
     if device.type != "cuda":
-        return INTERPRETER
+        return (INTERPRETER,)
     major = torch.cuda.get_device_capability(device)[0]
     return TABLE[kernel, major if (kernel, major) in TABLE else 8]  # sm_120 has the shared memory of sm_80
+
+
+def tiles_for(kernel: str, device: torch.device, key: tuple, run: Callable[[Tiles], object]) -> Tiles:
+    """The configuration to launch with: the frozen default, or the fastest one when tuning is asked for.
+
+    Args:
+        kernel: ``"forward"`` or ``"weights"``.
+        device: where it runs.
+        key: what else the speed depends on (shape, operands).
+        run: launches the kernel with a configuration; called for timing only, its results are overwritten.
+    """
+    options = candidates(kernel, device)
+    if not AUTOTUNE or len(options) == 1 or torch.cuda.is_current_stream_capturing():
+        return _tuned.get((kernel, device, key), options[0])
+    if (kernel, device, key) not in _tuned:
+        import triton.testing
+
+        times = {
+            tiles: triton.testing.do_bench(lambda tiles=tiles: run(tiles), return_mode="median") for tiles in options
+        }
+        _tuned[kernel, device, key] = min(times, key=times.get)
+    return _tuned[kernel, device, key]
 
 
 @functools.cache
