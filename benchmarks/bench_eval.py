@@ -33,28 +33,7 @@ from meru_fast.evaluation.zeroshot import class_embeddings
 from meru_fast.tokenizer import Tokenizer
 
 RESULTS = Path(__file__).with_name("eval.csv")
-WORDS = [
-    "a",
-    "red",
-    "small",
-    "old",
-    "dog",
-    "cat",
-    "house",
-    "street",
-    "of",
-    "on",
-    "the",
-    "with",
-    "two",
-    "people",
-    "photo",
-    "near",
-    "water",
-    "tree",
-    "table",
-    "green",
-]
+WORDS = ("a", "red", "small", "old", "dog", "cat", "house", "street", "on", "with", "people", "near", "water", "tree")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", default="train_meru_vit_s", help="whose model (%(default)s), with random weights")
     parser.add_argument("--images", type=int, default=64, help="images of the retrieval set (%(default)s)")
     parser.add_argument(
-        "--classes", type=int, default=20, help="classes of the classifier (%(default)s), 18 prompts each"
+        "--classes", type=int, default=20, help="classes of the classifier, 18 prompts each (%(default)s)"
     )
     parser.add_argument("--csv", type=Path, default=RESULTS, help="append rows to this file (%(default)s)")
     args = parser.parse_args(argv)
@@ -79,9 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         model.encode_image(torch.zeros(2, 3, 224, 224, device=device))  # warm up
         ours, seconds = timed(lambda: retrieval.evaluate(model, "noise"))
         expected, published_seconds = timed(lambda: published_retrieval(model, manifest))
-        if any(
-            abs(ours[name] - value) > 1.5 / args.images for name, value in expected.items()
-        ):  # ties may fall either way
+        off = [name for name in ours.keys() & expected.keys() if abs(ours[name] - expected[name]) > 1.5 / args.images]
+        if off:  # a near tie may fall either way, more may not
             raise SystemExit(f"error: not the same recalls: {ours} and {expected}")
         texts = 5 * args.images
         report(args, device, "retrieval", args.images, texts, seconds, published_seconds)
