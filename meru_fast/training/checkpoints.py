@@ -429,8 +429,12 @@ class Checkpoints:
             self._load_converted(folder)
         rank_file = folder / _rank_file(get_rank() if same else 0)
         saved = torch.load(rank_file, map_location="cpu", weights_only=False)
-        # ZeRO stage 3 gives all groups the hyper-parameters of the first one when it loads a universal checkpoint
-        # (stage3.py: load_hp_checkpoint_state_from_checkpoint_dir_stage3): weight decay would reach gains and biases.
+        # Loading a universal checkpoint (load_hp_checkpoint_state_from_checkpoint_dir_stage3), ZeRO 3 gives all groups
+        # the hyper-parameters of the first one, so that weight decay would reach gains and biases; and it gives them
+        # one and the same step counter, which every group then advances.
+        for moments in self.engine.optimizer_state().values():
+            if isinstance(moments.get("step"), Tensor):
+                moments["step"] = moments["step"].clone()
         for group, values in zip(self.engine.param_groups, saved["param_groups"], strict=True):
             group.update(values)
         self.engine.clamp_scalars()

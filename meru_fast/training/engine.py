@@ -6,6 +6,7 @@ Everything that touches the inside of DeepSpeed is in this file.
 import datetime
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from meru_fast.distributed import get_world_size
+from meru_fast.distributed import get_rank, get_world_size
 from meru_fast.tokenizer import PackedTokens
 from meru_fast.training.deepspeed_config import offloads, precision, zero_stage
 
@@ -93,6 +94,7 @@ class Engine:
             lr_scheduler=own_scheduler,
             config=config,
         )
+        _zero_padding(self.model)
         self.clamp_scalars()
 
     @property
@@ -107,6 +109,10 @@ class Engine:
     def param_groups(self) -> list[dict[str, Any]]:
         """Of the optimiser that DeepSpeed wraps (its hyper-parameters; stage 3 keeps the parameters elsewhere)."""
         return self.deepspeed.optimizer.param_groups
+
+    def optimizer_state(self) -> dict[Tensor, dict[str, Any]]:
+        """State of the optimiser that DeepSpeed wraps, by (flat) parameter of this rank."""
+        return getattr(self.deepspeed.optimizer, "optimizer", self.deepspeed.optimizer).state
 
     @property
     def skipped_steps(self) -> int:
@@ -262,6 +268,15 @@ class Engine:
             found[name] = full.detach().clone().float().reshape(getattr(parameter, "ds_shape", parameter.shape))
         return found
 
+    def readable_scalars(self) -> AbstractContextManager:
+        """While the model's methods are called directly. ZeRO 3 fetches what lies in child modules by itself, but the
+        scalars of the model itself only around its forward."""
+        if self.stage < 3:
+            return nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(self.model.parameters(recurse=False)))
+
     def close(self) -> None:
         self.deepspeed.destroy()
 
@@ -293,6 +308,16 @@ def _zero_copies(parameter: nn.Parameter) -> Sequence[Tensor]:
         return [parameter.ds_tensor.data, master]
     mapping = getattr(parameter, "_hp_mapping", None)  # stages 1 and 2: on the rank that updates it
     return [mapping.get_hp_fragment()] if mapping is not None else []
+
+
+@torch.no_grad()
+def _zero_padding(model: nn.Module) -> None:
+    """ZeRO 3 leaves the elements beyond a parameter's end, in the last rank's partition, to whatever memory held."""
+    for parameter in model.parameters():
+        if hasattr(parameter, "ds_id"):
+            real = parameter.ds_numel - get_rank() * parameter.partition_numel()
+            for tensor in _zero_copies(parameter):
+                tensor[max(real, 0) :].zero_()
 
 
 def _all_finite(*tensors: Tensor) -> Tensor:

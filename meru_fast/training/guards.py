@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from meru_fast.distributed import get_rank, get_world_size
+from meru_fast.tokenizer import PackedTokens
 from meru_fast.training.engine import GUARDED, StepResult
 
 log = logging.getLogger(__name__)
@@ -34,7 +36,15 @@ def describe_fault(result: StepResult) -> str:
     return ", ".join(bad) if bad else f"gradient norm ({result.grad_norm})"
 
 
-def dump_fault(folder: Path, step: int, fault: str, result: StepResult, keys: Sequence[str], images, tokens) -> Path:
+def dump_fault(
+    folder: Path,
+    step: int,
+    fault: str,
+    result: StepResult,
+    keys: Sequence[str],
+    images: Tensor,
+    tokens: PackedTokens,
+) -> Path:
     """Write what this rank saw in a discarded step: sample ids, scalars, norms."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:08d}_rank{get_rank()}.json"

@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         cfg = config.load(args.config, args.overrides)
         ds_config = deepspeed_config.read(args.deepspeed_config)
-        place = Place.from_environment(os.environ)
+        place = Place.from_environment(os.environ, srun=args.num_gpus is None)
         if args.dry_run:
             from meru_fast.training.report import dry_run
 
@@ -101,6 +101,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(cfg: DictConfig, output_dir: str, ds_config: dict[str, Any], resume: str | None, place: "Place") -> int:
     """Train in this process; faults of the user's files and of the numbers become one line and an exit status."""
+    from meru_fast import config
     from meru_fast.checkpoint import CheckpointError
     from meru_fast.data.errors import DataError
     from meru_fast.training.guards import EXIT_NONFINITE, NonFiniteError
@@ -112,8 +113,12 @@ def run(cfg: DictConfig, output_dir: str, ds_config: dict[str, Any], resume: str
     except NonFiniteError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_NONFINITE
-    except (CheckpointError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (config.ConfigError, CheckpointError) as error:
+        if place.rank == 0:  # all ranks found the same
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except DataError as error:
+        print(f"error: rank {place.rank}: {error}", file=sys.stderr)
         return 2
 
 
@@ -133,8 +138,11 @@ class Place:
         return cls(0, 1, 0, 1, "127.0.0.1", free_port())
 
     @classmethod
-    def from_environment(cls, env: Mapping[str, str]) -> "Place | None":
-        """From what deepspeed, torchrun or srun set; None where no launcher did."""
+    def from_environment(cls, env: Mapping[str, str], srun: bool = True) -> "Place | None":
+        """From what deepspeed, torchrun or srun set; None where no launcher did.
+
+        Without `srun` SLURM's variables do not count: a batch script has them too, and may start processes itself.
+        """
         if "RANK" in env and "WORLD_SIZE" in env:
             local = env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", "1"))
             return cls(
@@ -145,7 +153,7 @@ class Place:
                 env.get("MASTER_ADDR", "127.0.0.1"),
                 int(env.get("MASTER_PORT", "29500")),
             )
-        if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        if srun and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
             # Ports of one job's steps must agree and of different jobs differ: derive it from the job.
             job = int(env.get("SLURM_JOB_ID", "0"))
             return cls(

@@ -5,7 +5,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,8 @@ def prepare_process(settings: TrainSettings, on_gpu: bool) -> torch.device:
     elif "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))))
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with this only
     torch.use_deterministic_algorithms(settings.deterministic)
     # A collective that waits longer than the watchdog would be ended by it anyway.
     init_distributed(on_gpu, timeout_seconds=max(2 * settings.watchdog_seconds, 1800.0))
@@ -134,16 +136,21 @@ def build_model(cfg: DictConfig, settings: TrainSettings, device: torch.device) 
     if settings.init_from:
         info = load_weights(model, settings.init_from)
         log.info("weights from %s (%s)", settings.init_from, info)
-    for pattern in settings.freeze:
+    freeze(model, settings.freeze)
+    model.to(device)
+    if settings.compile:
+        model.visual.compile()
+    return model
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Switch off the gradients of parameters whose names match. Raises ConfigError for a pattern without a match."""
+    for pattern in patterns:
         matching = [p for name, p in model.named_parameters() if fnmatch.fnmatchcase(name, pattern)]
         if not matching:
             raise ConfigError(f"train.freeze: no parameter matches {pattern!r}")
         for parameter in matching:
             parameter.requires_grad_(False)
-    model.to(device)
-    if settings.compile:
-        model.visual.compile()
-    return model
 
 
 @dataclass
@@ -335,6 +342,7 @@ class Run:
             "step_seconds": seconds / window.steps,
             "memory_gb": memory,
             "epoch": batch.epoch,
+            "bad_samples": self.loader.report()["bad"],
         }
 
     def _discarded_step(self, result: StepResult, batch: Any) -> bool:
@@ -368,7 +376,7 @@ class Run:
         model, before = self.engine.model, rank_state()
         if self.engine.stage == 3 or is_main_process():
             model.eval()
-            with torch.no_grad():
+            with torch.no_grad(), self.engine.readable_scalars():
                 results = self.evaluator(model)
             if is_main_process():
                 metrics.log_evaluation(self.step, results)

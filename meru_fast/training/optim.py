@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from meru_fast.config import ConfigError
+
 #: Learnable scalars, by leaf name: never decayed.
 SCALARS = ("logit_scale", "curv", "visual_alpha", "textual_alpha")
 
@@ -67,7 +69,7 @@ def build_optimizer(
     """AdamW over :func:`parameter_groups`; fused where the parameters are on a GPU."""
     groups = parameter_groups(model, weight_decay, gain_bias_decay, exclude_params)
     if not groups:
-        raise ValueError("the model has no trainable parameter (train.freeze matches all of them?)")
+        raise ConfigError("the model has no trainable parameter (train.freeze matches all of them?)")
     on_gpu = all(parameter.is_cuda for group in groups for parameter in group["params"])
     return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=on_gpu)
 
@@ -78,12 +80,12 @@ class LinearWarmupCosineDecayLR(torch.optim.lr_scheduler.LambdaLR):
     `f` is the finished fraction of the steps after warm-up.
 
     Raises:
-        ValueError: a warm-up that is negative or not shorter than the whole.
+        ConfigError: a warm-up that is negative or not shorter than the whole.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int, last_epoch: int = -1):
         if not 0 <= warmup_steps < total_steps:
-            raise ValueError(f"warmup_steps={warmup_steps} must be at least 0 and less than total_steps={total_steps}")
+            raise ConfigError(f"warmup_steps={warmup_steps} must be at least 0 and less than total_steps={total_steps}")
         self.total_steps = total_steps
         self.warmup_steps = warmup_steps
         super().__init__(optimizer, self.multiplier, last_epoch)

@@ -106,7 +106,7 @@ def summary(cfg: DictConfig, engine: Any, loader: Any) -> str:
 
 def dry_run(cfg: DictConfig, given: dict[str, Any], world_size: int) -> int:
     """Print what a run would do: config, DeepSpeed config, parameters, memory, epochs."""
-    from meru_fast.training.loop import optim_values
+    from meru_fast.training.loop import freeze, optim_values
 
     settings = TrainSettings.from_config(cfg.train)
     resolved = deepspeed_config.resolve(given, settings, world_size, torch.cuda.is_available(), optim_values(cfg))
@@ -114,6 +114,7 @@ def dry_run(cfg: DictConfig, given: dict[str, Any], world_size: int) -> int:
     print("DeepSpeed config:\n" + OmegaConf.to_yaml(OmegaConf.create(resolved)))
     with torch.device("meta"):
         model = instantiate(cfg.model)
+    freeze(model, settings.freeze)
     counts = parameter_counts(model)
     print("parameters" + " " * 12 + "all      trained")
     for name, (total, trainable) in counts.items():

@@ -26,7 +26,7 @@ def run_here(output_dir: Path, *overrides: str, resume: str | None = None, confi
         return train(config.load(config_file, overrides), str(output_dir), resume=resume, **options)
 
 
-def command(output_dir: Path, *arguments: str, processes: int = 1, config_file: Path = TINY) -> list[str]:
+def command(output_dir: Path, *arguments: str, processes: int = 1, config_file: Path | str = TINY) -> list[str]:
     """The training command of a user, for the tiny config."""
     several = ["--num-gpus", str(processes)] if processes > 1 else []
     return [
@@ -48,16 +48,17 @@ def run(
     processes: int = 1,
     status: int = 0,
     timeout: float = 240,
-    config_file: Path = TINY,
+    config_file: Path | str = TINY,
+    threads: int = 1,
 ) -> str:
     """Run to the end, check the exit status, return everything it printed."""
     done = subprocess.run(
         command(output_dir, *arguments, processes=processes, config_file=config_file),
-        env=environment(),
+        env=environment(OMP_NUM_THREADS=str(threads)),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=240,
+        timeout=timeout,
         check=False,
     )
     assert done.returncode == status, done.stdout[-4000:]

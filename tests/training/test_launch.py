@@ -48,6 +48,7 @@ def test_place_from_torchrun_and_slurm():
         "SLURM_STEP_NODELIST": "gpu[07-09,12],cpu1",
     }
     assert launch.Place.from_environment(slurm) == launch.Place(5, 8, 1, 4, "gpu07", 11_234)
+    assert launch.Place.from_environment(slurm, srun=False) is None  # --num-gpus in a batch script
 
 
 @pytest.mark.parametrize(
