@@ -18,6 +18,7 @@ model = LazyCall("meru_fast.models.MERU")(
         use_sincos2d_pos=True,
         grad_checkpointing=False,
         img_size=224,
+        norm_eps=1e-5,
         pretrained=False,
     ),
     textual=LazyCall("meru_fast.models.TransformerTextEncoder")(

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from meru_fast import ops
 from meru_fast.distributed import get_world_size, mean_over_ranks, scale_gradient, sum_gradient
+from meru_fast.models.clip import full_precision, joint_group, no_autocast
 from meru_fast.models.losses import one_way_contrastive_loss
 from meru_fast.ops import (
     elementwise_dist,
@@ -107,18 +108,13 @@ def _patch_geometry(package: str) -> tuple[Patch, ModuleType]:
     return patch, models
 
 
-def _group() -> Any:
-    return torch.distributed.group.WORLD if get_world_size() > 1 else None
-
-
 def _fp32(forward: Callable) -> Callable:
     """Run the loss outside autocast; the encoders see it as it was."""
 
     @functools.wraps(forward)
     def outside(self: nn.Module, *features: Tensor) -> dict:
-        with torch.autocast(features[0].device.type, enabled=False):
-            exact = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in features)
-            return forward(self, *(scale_gradient(x, get_world_size()) for x in exact))
+        with no_autocast(features[0]):
+            return forward(self, *(scale_gradient(full_precision(x), get_world_size()) for x in features))
 
     return outside
 
@@ -140,7 +136,7 @@ def _clip_forward(self: nn.Module, images: Tensor, tokens: list[Tensor]) -> dict
 def _clip_loss(self: nn.Module, image: Tensor, text: Tensor) -> dict:
     image, text = (nn.functional.normalize(x, dim=-1) for x in (image, text))
     scale = self.logit_scale.exp()
-    loss = ops.contrastive_loss(image, text, 1.0, scale, geometry="cosine", group=_group())
+    loss = ops.contrastive_loss(image, text, 1.0, scale, geometry="cosine", group=joint_group())
     return {"loss": loss, "logging": {"contrastive_loss": loss.detach(), "logit_scale": scale.detach()}}
 
 
@@ -153,7 +149,7 @@ def _meru_forward(self: nn.Module, images: Tensor, tokens: list[Tensor]) -> dict
 def _meru_loss(self: nn.Module, image: Tensor, text: Tensor) -> dict:
     scalars = {name: getattr(self, name).exp() for name in ("visual_alpha", "textual_alpha", "curv", "logit_scale")}
     loss, contrastive, entailment = ops.meru_loss(
-        image, text, **scalars, entail_weight=self.entail_weight, group=_group()
+        image, text, **scalars, entail_weight=self.entail_weight, group=joint_group()
     )
     return _output(loss, contrastive, entailment, scalars["logit_scale"], scalars["curv"])
 
@@ -170,7 +166,7 @@ def _hycoclip_forward(
 @_fp32
 def _hycoclip_loss(self: nn.Module, image: Tensor, box_image: Tensor, text: Tensor, box_text: Tensor) -> dict:
     """Compositional entailment learning (arXiv:2410.06912, eqs. 5 to 8)."""
-    group = _group()
+    group = joint_group()
     curv, scale = self.curv.exp(), self.logit_scale.exp()
     scalars = torch.stack([self.visual_alpha.exp(), self.textual_alpha.exp(), curv])
     visual_alpha, textual_alpha, own_curv = sum_gradient(scalars, group).unbind()  # they act on this rank's rows

@@ -17,9 +17,10 @@ from meru_fast.models.losses import sigmoid_loss
 from meru_fast.models.recipe import from_recipe, recipe_of
 from meru_fast.tokenizer import PackedTokens
 
-_DOWNLOAD_ARGUMENTS = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+# Arguments of from_pretrained that say how to download; the last two are those of huggingface_hub before 1.0.
+_HUB = ("revision", "cache_dir", "force_download", "local_files_only", "token", "proxies", "resume_download")
 PAIR_LOSSES = ("softmax", "sigmoid")
-# SigLIP starts from the scale 10 and from logits of -10, near the share of true pairs among all.
+# SigLIP starts from the scale 10 and from logits of -10, where all pairs but the true ones are already nearly right.
 SIGMOID_SCALE, SIGMOID_LOGIT = 10.0, -10.0
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -102,7 +103,7 @@ class CLIP(nn.Module, PyTorchModelHubMixin, coders={nn.Module: (recipe_of, from_
 
         The gradient passes through the bound unchanged, as it does when the stored value itself was clamped.
         """
-        stored = _full_precision(getattr(self, name))
+        stored = full_precision(getattr(self, name))
         low, high = self.scalar_bounds[name]
         bound = stored.detach().clamp(low, high) - stored.detach()
         return (stored + bound).exp()
@@ -139,11 +140,11 @@ class CLIP(nn.Module, PyTorchModelHubMixin, coders={nn.Module: (recipe_of, from_
 
     def project_image(self, features: Tensor) -> Tensor:
         """Linear image features [..., D] into the embedding space."""
-        return F.normalize(_full_precision(features), dim=-1)
+        return F.normalize(full_precision(features), dim=-1)
 
     def project_text(self, features: Tensor) -> Tensor:
         """Linear text features [..., D] into the embedding space."""
-        return F.normalize(_full_precision(features), dim=-1)
+        return F.normalize(full_precision(features), dim=-1)
 
     def similarity(self, image_feats: Tensor, text_feats: Tensor) -> Tensor:
         """Scores [B1, B2] of projected features, higher is closer."""
@@ -159,7 +160,7 @@ class CLIP(nn.Module, PyTorchModelHubMixin, coders={nn.Module: (recipe_of, from_
 
     def loss(self, image_feats: Tensor, text_feats: Tensor) -> dict:
         """``forward`` from the linear features [B, D] of ``encode_*(project=False)``."""
-        with _no_autocast(image_feats):
+        with no_autocast(image_feats):
             image = self.project_image(self._for_engine(image_feats))
             text = self.project_text(self._for_engine(text_feats))
             logit_scale = self.scalar("logit_scale")
@@ -169,9 +170,9 @@ class CLIP(nn.Module, PyTorchModelHubMixin, coders={nn.Module: (recipe_of, from_
 
     def _pair_loss(self, image: Tensor, text: Tensor, curv: Tensor | float, logit_scale: Tensor) -> Tensor:
         """The chosen loss of embeddings [b, D], over the joint batch of all ranks."""
-        where = {"geometry": self.geometry, "group": _group()}
+        where = {"geometry": self.geometry, "group": joint_group()}
         if self.pair_loss == "sigmoid":
-            return sigmoid_loss(image, text, curv, logit_scale, _full_precision(self.logit_bias), **where)
+            return sigmoid_loss(image, text, curv, logit_scale, full_precision(self.logit_bias), **where)
         return ops.contrastive_loss(image, text, curv, logit_scale, precision=self.precision, **where)
 
     def _bias(self) -> dict[str, Tensor]:
@@ -202,7 +203,7 @@ class CLIP(nn.Module, PyTorchModelHubMixin, coders={nn.Module: (recipe_of, from_
         map_location: str = "cpu",
         **arguments: Any,
     ) -> "CLIP":
-        download = {key: arguments.pop(key) for key in _DOWNLOAD_ARGUMENTS}
+        download = {key: arguments.pop(key) for key in _HUB if key in arguments}
         if config is None:
             raise checkpoint.CheckpointError(f"{model_id}: no {checkpoint.CONFIG_FILE} there")
         recorded = str(config.get("_target_", cls.__name__)).rpartition(".")[2]
@@ -219,18 +220,20 @@ class CLIP(nn.Module, PyTorchModelHubMixin, coders={nn.Module: (recipe_of, from_
     @staticmethod
     def _for_engine(features: Tensor) -> Tensor:
         """Features in fp32 or better, whose gradient outlives the averaging over ranks of DDP and DeepSpeed."""
-        return scale_gradient(_full_precision(features), get_world_size())
+        return scale_gradient(full_precision(features), get_world_size())
 
 
-def _group() -> torch.distributed.ProcessGroup | None:
+def joint_group() -> torch.distributed.ProcessGroup | None:
+    """All ranks, over which a batch is spread; None in a single process."""
     return torch.distributed.group.WORLD if get_world_size() > 1 else None
 
 
-def _full_precision(x: Tensor) -> Tensor:
+def full_precision(x: Tensor) -> Tensor:
+    """`x` in fp32, or in fp64 if it is that."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _no_autocast(x: Tensor) -> torch.autocast:
+def no_autocast(x: Tensor) -> torch.autocast:
     """Geometry is computed in fp32 even where the encoders run under autocast."""
     return torch.autocast(x.device.type, enabled=False)
 

@@ -14,9 +14,9 @@ from meru_fast.models.clip import (
     IMAGENET_STD,
     SIGMOID_LOGIT,
     SIGMOID_SCALE,
-    _full_precision,
-    _group,
-    _no_autocast,
+    full_precision,
+    joint_group,
+    no_autocast,
 )
 from meru_fast.models.recipe import from_recipe, recipe_of
 
@@ -78,12 +78,12 @@ class MERU(CLIP, coders={nn.Module: (recipe_of, from_recipe)}):
         return self._lift(features, "textual_alpha")
 
     def _lift(self, features: Tensor, alpha: str) -> Tensor:
-        with _no_autocast(features):
-            return ops.exp_map0(_full_precision(features), self.scalar("curv"), scale=self.scalar(alpha))
+        with no_autocast(features):
+            return ops.exp_map0(full_precision(features), self.scalar("curv"), scale=self.scalar(alpha))
 
     def similarity(self, image_feats: Tensor, text_feats: Tensor) -> Tensor:
         """Lorentz inner products [B1, B2] of lifted features: in the order of the distances, higher is closer."""
-        with _no_autocast(image_feats):
+        with no_autocast(image_feats):
             return ops.pairwise_inner(image_feats, text_feats, self.scalar("curv"))
 
     @torch.no_grad()
@@ -98,7 +98,7 @@ class MERU(CLIP, coders={nn.Module: (recipe_of, from_recipe)}):
     def loss(self, image_feats: Tensor, text_feats: Tensor) -> dict:
         """``forward`` from the linear features [B, D] of ``encode_*(project=False)``."""
         scalars = {name: self.scalar(name) for name in self.scalar_bounds}
-        with _no_autocast(image_feats):
+        with no_autocast(image_feats):
             image, text = self._for_engine(image_feats), self._for_engine(text_feats)
             if self.pair_loss == "softmax":
                 loss, contrastive, entailment = ops.meru_loss(
@@ -108,33 +108,25 @@ class MERU(CLIP, coders={nn.Module: (recipe_of, from_recipe)}):
                     entail_weight=self.entail_weight,
                     min_radius=self.min_radius,
                     precision=self.precision,
-                    group=_group(),
+                    group=joint_group(),
                 )
             else:
                 loss, contrastive, entailment = self._unfused_loss(image, text, **scalars)
             values = {name: value.detach()[0] for name, value in scalars.items()}
             logging = {"contrastive_loss": contrastive.detach(), "entailment_loss": entailment.detach(), **values}
             logging |= self._bias() | self._geometry_of(
-                _full_precision(image_feats), _full_precision(text_feats), **values
+                full_precision(image_feats), full_precision(text_feats), **values
             )
         return {"loss": loss, "logging": logging}
 
-    def _unfused_loss(
-        self,
-        image: Tensor,
-        text: Tensor,
-        curv: Tensor,
-        logit_scale: Tensor,
-        visual_alpha: Tensor,
-        textual_alpha: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _unfused_loss(self, image: Tensor, text: Tensor, **scalars: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``ops.meru_loss`` with the pairwise loss of this model."""
-        scalars = torch.cat([visual_alpha, textual_alpha, curv])
-        visual_alpha, textual_alpha, own_curv = sum_gradient(scalars, _group()).unbind()  # acting on this rank's rows
+        acting_on_own_rows = torch.cat([scalars[name] for name in ("visual_alpha", "textual_alpha", "curv")])
+        visual_alpha, textual_alpha, own_curv = sum_gradient(acting_on_own_rows, joint_group()).unbind()
         image = ops.exp_map0(image, own_curv, scale=visual_alpha)
         text = ops.exp_map0(text, own_curv, scale=textual_alpha)
-        contrastive = self._pair_loss(image, text, curv, logit_scale)
-        entailment = mean_over_ranks(ops.entailment_loss(text, image, own_curv, self.min_radius), _group())
+        contrastive = self._pair_loss(image, text, scalars["curv"], scalars["logit_scale"])
+        entailment = mean_over_ranks(ops.entailment_loss(text, image, own_curv, self.min_radius), joint_group())
         loss = contrastive + self.entail_weight * entailment if self.entail_weight else contrastive
         return loss, contrastive, entailment
 
