@@ -223,6 +223,16 @@ def test_hub_conventions(tmp_path):
         MERU.from_pretrained(tmp_path)
 
 
+def test_from_the_hub_by_its_cache(tmp_path):
+    """A Hub id, with the files already in the local cache as the Hub client lays them out."""
+    repository, commit = tmp_path / "models--someone--meru", "0" * 40
+    small_models.meru(3).save_pretrained(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    found = MERU.from_pretrained("someone/meru", cache_dir=tmp_path, local_files_only=True)
+    assert same_weights(found, small_models.meru(3))
+
+
 def test_an_export_cannot_name_foreign_code(tmp_path):
     small_models.meru().save_pretrained(tmp_path)
     recorded = json.loads((tmp_path / "config.json").read_text())
