@@ -1,9 +1,7 @@
 """Runs of two real processes that are killed, asked to stop, or continued by another number of processes."""
 
-import os
 import random
 import shutil
-import signal
 import time
 from pathlib import Path
 
@@ -61,24 +59,6 @@ def resume_with(folder: Path, uninterrupted: Path, processes: int, *overrides: s
 
 def test_one_process_continues_a_run_of_two(tmp_path, uninterrupted):
     resume_with(tmp_path, uninterrupted, 1, "train.zero_stage=3")
-
-
-def test_sigterm_saves_and_stops(tmp_path):
-    running = start(tmp_path, "train.num_iterations=100000", "train.checkpoint_period=100000")
-    wait_for_step(running, tmp_path, 3)
-    os.kill(int((tmp_path / "pid").read_text()), signal.SIGUSR1)
-    deadline = time.monotonic() + 60
-    while not list((tmp_path / "checkpoints").glob("step_*")):
-        assert time.monotonic() < deadline, "SIGUSR1 saved nothing"
-        time.sleep(0.05)
-    saved_on_request = next((tmp_path / "checkpoints").glob("step_*"))
-    assert running.poll() is None, "SIGUSR1 ended the run"
-    running.send_signal(signal.SIGTERM)
-    output = running.communicate(timeout=60)[0]
-    assert running.returncode == 143, output
-    latest = (tmp_path / "checkpoints" / "latest").read_text()
-    assert latest > saved_on_request.name
-    assert int(latest[5:]) == int(metrics(tmp_path)[-1]["step"])
 
 
 @pytest.mark.slow

@@ -1,11 +1,13 @@
 """The command line, the environments of launchers, and the start of processes."""
 
+import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
-from training_runs import ROOT, TINY, environment, metrics, run
+from training_runs import ROOT, TINY, environment, metrics, run, start, wait_for_step
 
 from meru_fast.training import launch
 
@@ -67,19 +69,25 @@ def test_help_teaches(capsys):
         assert word in text
 
 
-def test_sigterm_to_the_command_saves_in_all_processes(tmp_path):
+def test_sigusr1_saves_and_sigterm_saves_and_stops(tmp_path):
     """Through our own start of the processes and DeepSpeed's launcher, down to two ranks that agree on the step."""
-    from training_runs import start, wait_for_step
-
     running = start(tmp_path, "train.num_iterations=100000", "train.checkpoint_period=100000", processes=2)
     wait_for_step(running, tmp_path, 2)
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGUSR1)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "checkpoints").glob("step_*")):
+        assert time.monotonic() < deadline, "SIGUSR1 saved nothing"
+        time.sleep(0.05)
+    saved_on_request = next((tmp_path / "checkpoints").glob("step_*"))
+    assert running.poll() is None, "SIGUSR1 ended the run"
     running.send_signal(signal.SIGTERM)
     output = running.communicate(timeout=120)[0]
     assert running.returncode != 0
     assert "asked to stop" in output
-    saved = (tmp_path / "checkpoints" / "latest").read_text()
-    assert int(saved[5:]) == int(metrics(tmp_path)[-1]["step"])
-    assert (tmp_path / "checkpoints" / saved / "rank_00001.pt").is_file()
+    latest = (tmp_path / "checkpoints" / "latest").read_text()
+    assert latest > saved_on_request.name
+    assert int(latest[5:]) == int(metrics(tmp_path)[-1]["step"])
+    assert (tmp_path / "checkpoints" / latest / "rank_00001.pt").is_file()
 
 
 @pytest.mark.slow

@@ -1,0 +1,71 @@
+"""The files that curves are drawn from, and the line on the terminal."""
+
+import csv
+import os
+import pty
+import subprocess
+
+from training_runs import command, environment
+
+from meru_fast.training.metrics import CsvLog, describe
+
+
+def read(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_new_column_does_not_lose_the_rows_before(tmp_path):
+    log = CsvLog(tmp_path / "metrics.csv")
+    log.write({"step": 1, "loss": 2.0})
+    log.write({"step": 2, "loss": 1.5, "grad_norm": 3.0})
+    assert read(tmp_path / "metrics.csv") == [
+        {"step": "1", "loss": "2.0", "grad_norm": ""},
+        {"step": "2", "loss": "1.5", "grad_norm": "3.0"},
+    ]
+
+
+def test_rows_behind_the_checkpoint_and_half_rows_are_forgotten(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,loss\n1,2.0\n2,1.5\n3,1.2\n4")  # killed while writing
+    log = CsvLog(path, resumed_at=2)
+    log.write({"step": 3, "loss": 1.25})
+    assert [row["loss"] for row in read(path)] == ["2.0", "1.5", "1.25"]
+
+
+def test_numbers_survive_to_the_last_bit(tmp_path):
+    CsvLog(tmp_path / "metrics.csv").write({"step": 1, "loss": 0.1 + 0.2})
+    assert float(read(tmp_path / "metrics.csv")[0]["loss"]) == 0.1 + 0.2
+
+
+def test_description_of_a_row():
+    row = {
+        "loss": 2.5,
+        "contrastive_loss": 2.3,
+        "entailment_loss": 1.0,
+        "curv": 1.0,
+        "img_per_s": 1234.5,
+        "data_wait": 0.07,
+    }
+    assert describe(row) == "loss 2.5000 (2.3000 + 1.0000)  curv 1  1234 img/s  data wait 7%"
+
+
+def test_terminal_gets_a_bar_that_stays_in_place(tmp_path):
+    """Under a real terminal: one line that is redrawn, and the log file has the values."""
+    parent, child = pty.openpty()
+    running = subprocess.Popen(
+        command(tmp_path), env=environment(COLUMNS="120", TERM="xterm"), stdout=child, stderr=child, close_fds=True
+    )
+    os.close(child)
+    shown = b""
+    try:
+        while chunk := os.read(parent, 65536):
+            shown += chunk
+    except OSError:  # how a terminal says that nobody holds its other end any more
+        pass
+    assert running.wait(timeout=60) == 0
+    text = shown.decode(errors="replace")
+    assert "8/8" in text
+    assert "img/s" in text
+    assert "\x1b[" in text
+    assert "img/s" in (tmp_path / "logs" / "rank0.log").read_text()
