@@ -18,7 +18,7 @@ model.visual = LazyCall("meru_fast.models.build_timm_vit")(
 )
 model.textual.arch = "L2_W64"
 model.embed_dim = 64
-model.entail_weight = 0.2
+model.entail_weight = 0.5  # more than the published 0.2 and 0.1: the cones have 1,500 steps to form
 model.min_radius = 0.2
 
 optim["optimizer"].lr = 1e-3

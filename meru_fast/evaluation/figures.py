@@ -191,7 +191,7 @@ def _pictures_at_rim(axes: Axes, points: np.ndarray, pictures: Sequence[tuple[in
     gaps = [angle - before for (before, _), (angle, _) in pairwise([(angles[-1][0] - 2 * math.pi, 0), *angles])]
     cut = gaps.index(max(gaps))  # the circle is cut open where it is emptiest
     angles = angles[cut:] + [(angle + 2 * math.pi, number) for angle, number in angles[:cut]]
-    for (_, number), angle in zip(angles, _spread([angle for angle, _ in angles], gap=0.165), strict=True):
+    for (_, number), angle in zip(angles, _spread([angle for angle, _ in angles], gap=0.172), strict=True):
         index, picture = pictures[number]
         place = 1.1 * np.array([math.cos(angle), math.sin(angle)])
         axes.plot(*np.stack([points[index], place]).T, color=IMAGE_COLOUR, linewidth=0.6, alpha=0.5, zorder=2)
