@@ -202,7 +202,7 @@ class Run:
         self.agreement = Agreement()
         self.evaluator = None
         if settings.eval_period:
-            self.evaluator = instantiate(configs.load(settings.eval_config).evaluator)
+            self.evaluator = instantiate(configs.load(settings.eval_config, settings.eval_overrides).evaluator)
 
     # --- state -------------------------------------------------------------------------------------------------
 
@@ -372,13 +372,20 @@ class Run:
         return True
 
     def _evaluate(self, metrics: Metrics | None) -> None:
-        """The config's evaluator on the model in training: by rank 0, or by all where each holds a part of it."""
+        """The config's evaluator on the model in training: by rank 0, or by all where each holds a part of it.
+
+        A failing evaluation (a data set that is not there) costs its numbers, not the run.
+        """
         model, before = self.engine.model, rank_state()
         if self.engine.stage == 3 or is_main_process():
             model.eval()
-            with torch.no_grad(), self.engine.readable_scalars():
-                results = self.evaluator(model)
-            if is_main_process():
+            results: dict[str, float] = {}
+            try:
+                with torch.no_grad(), self.engine.readable_scalars():
+                    results = self.evaluator(model)
+            except Exception as error:
+                log.warning("the evaluation at step %d failed, training goes on: %s", self.step, error, exc_info=error)
+            if is_main_process() and results:
                 metrics.log_evaluation(self.step, results)
                 log.info("step %d: %s", self.step, ", ".join(f"{name} {value:.4g}" for name, value in results.items()))
         restore_rank_state(before)

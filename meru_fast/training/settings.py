@@ -63,8 +63,9 @@ class TrainSettings:
     #: Seconds without a finished step after which a process prints all its stacks and dies; 0 waits for ever.
     watchdog_seconds: float = 1800.0
 
-    #: An evaluation config, run every `eval_period` steps on the model in training.
+    #: An evaluation config, run every `eval_period` steps on the model in training, and key=value changes to it.
     eval_config: str | None = None
+    eval_overrides: list[str] = dataclasses.field(default_factory=list)
     eval_period: int = 0
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ import math
 import gradient_worker
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_runs import TINY, history, metrics, run_here
 
@@ -72,6 +73,29 @@ def test_evaluation_does_not_change_the_training(plain, tmp_path, stage):
     assert rows[0]["separation"] != rows[1]["separation"]
     # The norm is summed in another order by another stage; all else is the same to the last bit.
     assert [row[:-1] for row in history(tmp_path)] == [row[:-1] for row in history(plain)]
+
+
+def test_zero_shot_on_own_pictures_while_training(plain, tmp_path):
+    for label, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
+        (tmp_path / "colours" / label).mkdir(parents=True)
+        for index in range(3):
+            Image.new("RGB", (20, 20), colour).save(tmp_path / "colours" / label / f"{index}.png")
+    own = f"{{name: colours, kind: folder, root: {tmp_path / 'colours'}, prompts: ['a {{}} picture']}}"
+    overrides = ("train.eval_period=8", "train.eval_config=eval_zero_shot_classification")
+    assert run_here(tmp_path / "run", *overrides, f'train.eval_overrides=["evaluator.datasets=[{own}]"]') == 0
+    with (tmp_path / "run" / "evaluation.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    scores = [float(value) for name, value in row.items() if name.startswith("colours/")]
+    assert scores
+    assert all(0 <= score <= 1 for score in scores)
+    assert history(tmp_path / "run") == history(plain)
+
+
+def test_a_failing_evaluation_does_not_end_the_run(plain, tmp_path):
+    overrides = ("train.eval_period=4", "train.eval_config=eval_zero_shot_classification")
+    assert run_here(tmp_path, *overrides, f"train.eval_overrides=['evaluator.data_dir={tmp_path}/none']") == 0
+    assert history(tmp_path) == history(plain)
+    assert "the evaluation at step 4 failed, training goes on" in (tmp_path / "logs" / "rank0.log").read_text()
 
 
 def test_accumulation_trains_the_same(plain, tmp_path):
