@@ -133,8 +133,7 @@ def oxy_angle(x: Tensor, y: Tensor, curv: Scalar = 1.0, eps: float = 1e-8) -> Te
     zero gradient: pi/2 for ``x = 0`` (the mean over all directions), 0 for ``x = y`` (a cone contains its apex).
     """
     root, x, y = _prepare(curv, x, y)
-    length = norm(x)
-    direction = _divide(x, length)
+    length, direction = _polar(x)
     ru, rv = root * length, root * norm(y)
     scale = rv.detach().clamp(min=1)  # the angle depends on v through ratios only
     w = y - x  # unscaled: scaling rounds, and would tilt close pairs
@@ -156,8 +155,8 @@ def pairwise_oxy_angle(x: Tensor, y: Tensor, curv: Scalar = 1.0, eps: float = 1e
     if x.device.type != "mps":
         x, y = x.double(), y.double()
     _, u, v = _unit(curv, x, y)
-    ru, rv = norm(u), norm(v).T
-    along = gram(_divide(u, ru), v)
+    (ru, direction), rv = _polar(u), norm(v).T
+    along = gram(direction, v)
     across_square, ahead = (rv - along) * (rv + along), along - ru
     apart = across_square + ahead**2 > 64 * torch.finfo(u.dtype).eps * rv**2
     across = _sqrt(torch.where(apart, across_square, 0.0))
@@ -214,10 +213,24 @@ def check_pairwise(x: Tensor, y: Tensor) -> None:
 
 def norm(u: Tensor) -> Tensor:
     """Norm over the last dimension, kept: right from the smallest to the largest float, zero gradient at zero."""
+    peak = _peak(u)
+    return peak * torch.linalg.vector_norm(u * (1 / peak), dim=-1, keepdim=True)
+
+
+def _polar(u: Tensor) -> tuple[Tensor, Tensor]:
+    """``norm(u)`` and the unit vector of u; the zero vector, with zero gradient, has direction zero."""
+    peak = _peak(u)
+    v = u * (1 / peak)
+    length = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+    zero = length == 0
+    return peak * length, v * torch.where(zero, 0.0, 1 / torch.where(zero, 1.0, length))
+
+
+def _peak(u: Tensor) -> Tensor:
+    """The largest power of two below the largest component: scaling by it neither rounds nor overflows."""
     peak = u.detach().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(u.dtype).tiny)
     integer, exponent = (torch.int64, 0x7FF << 52) if u.dtype == torch.float64 else (torch.int32, 0xFF << 23)
-    peak = (peak.view(integer) & exponent).view(u.dtype)  # a power of two: scaling by it rounds nothing
-    return peak * torch.linalg.vector_norm(u / peak, dim=-1, keepdim=True)
+    return (peak.view(integer) & exponent).view(u.dtype)
 
 
 def gram(u: Tensor, v: Tensor) -> Tensor:
@@ -246,12 +259,6 @@ def _sqrt(z: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, z, 1.0).sqrt(), 0.0)
 
 
-def _divide(a: Tensor, b: Tensor) -> Tensor:
-    """a / b, 0 with zero gradient where b = 0."""
-    zero = b == 0
-    return torch.where(zero, 0.0, a / torch.where(zero, 1.0, b))
-
-
 def _series(coefficients: list[float], z: Tensor) -> Tensor:
     total = torch.full_like(z, coefficients[-1])
     for coefficient in reversed(coefficients[:-1]):
@@ -277,7 +284,7 @@ def _chord(x: Tensor, y: Tensor, root: Scalar) -> Tensor:
     acute = inner > -(unit**2)
 
     m, w = x + y, x - y
-    axis = _divide(m, norm(m))
+    axis = _polar(m)[1]
     par = (w * axis).sum(-1, keepdim=True)
     width, par = root * norm(w - par * axis), root * par
     near = torch.where(acute, inner, 0.0)

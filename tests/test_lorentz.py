@@ -108,10 +108,11 @@ def test_digits_at_every_norm(norm: float, curv: float, dtype: torch.dtype) -> N
 def test_angle_digits(norm: float, curv: float) -> None:
     x, y = points(5, 16, norm, torch.float32), points(5, 16, norm, torch.float32, seed=1)
     y[1], y[2], y[3] = 2 * x[1], -x[2], x[3] + 1e-3 * y[3]
+    tolerance = 1e-6 + 2e-7 * curv**0.5 * norm  # rounding x tilts it by eps, which the radius magnifies
     for mine, row in zip(lorentz.oxy_angle(x, y, curv), range(5), strict=True):
-        assert abs(mine.item() - exact("oxy_angle", x[row], y[row], curv)) < 3e-6
+        assert abs(mine.item() - exact("oxy_angle", x[row], y[row], curv)) < tolerance
     pairs = lorentz.pairwise_oxy_angle(x, y, curv)
-    assert (pairs.diagonal() - lorentz.oxy_angle(x, y, curv)).abs().max() < 3e-6
+    assert (pairs.diagonal() - lorentz.oxy_angle(x, y, curv)).abs().max() < tolerance
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
