@@ -93,12 +93,11 @@ def load_model(
     return model.eval(), info
 
 
-def _without_download(node: Mapping[str, Any]) -> DictConfig:
-    """`node` with towers that do not fetch the pretrained weights they once started from."""
-    node = OmegaConf.create(node if not OmegaConf.is_config(node) else OmegaConf.to_container(node, resolve=True))
-    if OmegaConf.select(node, "visual.pretrained"):
-        node.visual.pretrained = False
-    return node
+def _without_download(node: Mapping[str, Any]) -> dict[str, Any]:
+    """`node` with an image tower that does not fetch the pretrained weights it once started from."""
+    plain: Any = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    visual = plain.get("visual")
+    return {**plain, "visual": {**visual, "pretrained": False}} if visual and visual.get("pretrained") else plain
 
 
 def read_checkpoint(path: str | os.PathLike, ema: bool = False) -> tuple[dict[str, Tensor], CheckpointInfo]:
@@ -285,7 +284,7 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], CheckpointInfo]:
     model = None
     if recorded.is_file():
         try:
-            model = OmegaConf.create(trusted_model(json.loads(recorded.read_text(encoding="utf-8")), recorded))
+            model = OmegaConf.create(dict(trusted_model(json.loads(recorded.read_text(encoding="utf-8")), recorded)))
         except json.JSONDecodeError as error:
             raise CheckpointError(f"{recorded}: {error}") from error
     return state, CheckpointInfo("export", file, iteration, model=model)

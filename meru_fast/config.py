@@ -104,11 +104,10 @@ def apply_overrides(config: DictConfig, overrides: Iterable[str]) -> DictConfig:
         if not equals or not key:
             raise ConfigError(f"override {override!r}: expected key=value, such as train.num_iterations=1000")
         try:
-            value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+            parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
         except Exception as error:
             raise ConfigError(f"override {override!r}: {text!r} is not valid YAML ({error})") from error
-        if not adding:
-            value = _checked(config, key, value, text)
+        value = parsed["value"] if adding else _checked(config, key, parsed["value"], text)
         OmegaConf.update(config, key, value, merge=False, force_add=adding)
     return config
 
@@ -276,11 +275,12 @@ def _load_python(file: Path) -> DictConfig:
             package = package if depth == 0 else f"{package}.p{depth}"
             sys.modules[package] = importlib.util.module_from_spec(_package_spec(package, folder))
         name = f"{package}.{file.stem}"
-        spec = importlib.util.spec_from_file_location(name, file, loader=_UncachedLoader(name, str(file)))
-        module = importlib.util.module_from_spec(spec)
+        loader = _UncachedLoader(name, str(file))
+        module = importlib.util.module_from_spec(importlib.machinery.ModuleSpec(name, loader, origin=str(file)))
+        module.__file__ = str(file)
         sys.modules[name] = module
         try:
-            spec.loader.exec_module(module)
+            loader.exec_module(module)
         except ConfigError:
             raise
         except Exception as error:
@@ -316,7 +316,7 @@ def _load_yaml(file: Path) -> DictConfig:
 
 
 def _packaged_folder() -> Path:
-    return Path(importlib.import_module(PACKAGED).__file__).parent
+    return Path(importlib.import_module(PACKAGED).__path__[0])
 
 
 def _checked(config: DictConfig, key: str, value: Any, text: str) -> Any:

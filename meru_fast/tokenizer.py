@@ -32,7 +32,7 @@ class Tokenizer:
     they occur in raw text, as the published tokenizers do.
     """
 
-    def __call__(self, text: str | Sequence[str]) -> list[torch.IntTensor]:
+    def __call__(self, text: str | Sequence[str]) -> list[Tensor]:
         """Ids of every text as int32 tensors [n], with start and end, neither truncated nor padded."""
         texts = [text] if isinstance(text, str) else text
         return [torch.tensor(self.encode(item), dtype=torch.int32) for item in texts]
@@ -61,7 +61,8 @@ def clean(text: str) -> str:
 @cache
 def _bpe() -> tokenizers.Tokenizer:
     packed = resources.files("meru_fast").joinpath("assets/clip_bpe_merges.txt.gz").read_bytes()
-    merges = [tuple(line.split()) for line in gzip.decompress(packed).decode("utf-8").splitlines()]
+    lines = gzip.decompress(packed).decode("utf-8").splitlines()
+    merges = [(left, right) for left, right in map(str.split, lines)]
     # Ids count the 256 bytes (printable ones first, each as its stand-in), the same ending a word, and the merges.
     stand_ins = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet(), key=lambda char: (ord(char) > 255, ord(char)))
     words = [*stand_ins, *(f"{char}</w>" for char in stand_ins), *("".join(pair) for pair in merges)]

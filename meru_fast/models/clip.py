@@ -46,6 +46,10 @@ class CLIP(nn.Module, PyTorchModelHubMixin, coders={nn.Module: (recipe_of, from_
     """
 
     geometry = "cosine"
+    pixel_mean: Tensor
+    pixel_std: Tensor
+    logit_scale: nn.Parameter
+    logit_bias: nn.Parameter
 
     def __init__(
         self,

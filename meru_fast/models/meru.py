@@ -35,6 +35,9 @@ class MERU(CLIP, coders={nn.Module: (recipe_of, from_recipe)}):
     """
 
     geometry = "lorentz"
+    curv: Tensor
+    visual_alpha: nn.Parameter
+    textual_alpha: nn.Parameter
 
     def __init__(
         self,

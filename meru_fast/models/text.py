@@ -25,6 +25,8 @@ class TransformerTextEncoder(nn.Module):
         ValueError: `arch` is not of that form, or its heads do not divide its width.
     """
 
+    attn_mask: Tensor
+
     def __init__(
         self,
         arch: str = "L12_W512",
