@@ -5,7 +5,8 @@ per device, dtype and head size by a forward and backward pass on three tiny cap
 
     xformers    memory_efficient_attention with BlockDiagonalCausalMask (GPU)
     varlen      torch.nn.attention.varlen (GPU, half precision)
-    sdpa        scaled_dot_product_attention on groups of captions of equal length (everywhere)
+    padded      scaled_dot_product_attention on a padded copy: one call, the rest of the tower stays packed (GPU)
+    sdpa        scaled_dot_product_attention on groups of captions of equal length (CPU, and the reference)
 """
 
 import inspect
@@ -107,6 +108,16 @@ class PackedAttention:
         starts, longest = self.tokens.cu_seqlens, max(self.tokens.lengths)
         return varlen_attn(query, key, value, starts, starts, longest, longest, **_varlen_causal())
 
+    def _padded(self, qkv: Tensor) -> Tensor:
+        starts, longest = self.tokens.cu_seqlens, max(self.tokens.lengths)
+        row = torch.arange(len(self.tokens), device=qkv.device)
+        row = row.repeat_interleave(starts.diff(), output_size=len(qkv))
+        column = torch.arange(len(qkv), device=qkv.device) - starts[row]
+        spread = qkv.new_zeros(len(self.tokens), longest, *qkv.shape[1:]).index_put((row, column), qkv)
+        query, key, value = spread.permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True)  # so padding behind is never seen
+        return out.transpose(1, 2)[row, column]
+
     def _sdpa(self, qkv: Tensor) -> Tensor:
         groups = [(n, len(list(run))) for n, run in groupby(self.tokens.lengths)]
         outputs = []
@@ -120,6 +131,7 @@ class PackedAttention:
 _IMPLEMENTATIONS: dict[str, Callable[[PackedAttention, Tensor], Tensor]] = {
     "xformers": PackedAttention._xformers,
     "varlen": PackedAttention._varlen,
+    "padded": PackedAttention._padded,
     "sdpa": PackedAttention._sdpa,
 }
 
@@ -135,7 +147,7 @@ def _varlen_causal() -> dict:
 
 @cache
 def packed_implementation(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The implementation used for packed captions: ``"xformers"``, ``"varlen"`` or ``"sdpa"``."""
+    """The implementation used for packed captions: ``"xformers"``, ``"varlen"``, ``"padded"`` or ``"sdpa"``."""
     if device.type == "cpu":
         return "sdpa"
     for name in ("xformers", "varlen"):
@@ -143,7 +155,7 @@ def packed_implementation(device: torch.device, dtype: torch.dtype, head_dim: in
         if reason is None:
             return name
         _log.info("packed attention: no %s for %s on %s: %s", name, dtype, device, reason)
-    return "sdpa"
+    return "padded"
 
 
 def _probe(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

@@ -27,21 +27,22 @@ def test_captions_of_equal_length_lie_together_on_a_cpu(packed):
     assert packed.restore(torch.tensor([1, 30, 31, 5])).tolist() == [30, 1, 5, 31]
 
 
-def test_sdpa_attends_within_captions_and_backwards_only(packed):
+@pytest.mark.parametrize("name", ["sdpa", "padded"])
+def test_captions_attend_to_themselves_and_backwards_only(packed, name):
     """Against one softmax over all tokens with the mask that xformers uses on a GPU."""
     qkv = torch.randn(12, 3, 2, 8, dtype=torch.float64)
     mask = BlockDiagonalCausalMask.from_seqlens(list(packed.tokens.lengths)).materialize((12, 12)).double()
     query, key, value = qkv.unbind(1)
     scores = torch.einsum("qhd,khd->hqk", query, key) / 8**0.5 + mask
     expected = torch.einsum("hqk,khd->qhd", scores.softmax(-1), value)
-    torch.testing.assert_close(packed(qkv), expected)
+    torch.testing.assert_close(attention._IMPLEMENTATIONS[name](packed, qkv), expected)
 
 
 def test_no_gpu_no_gpu_kernels():
     assert packed_implementation(CPU, torch.float32, 64) == "sdpa"
     assert "No operator found" in attention._probe("xformers", CPU, torch.float32, 64)
     assert "NotImplementedError" in attention._probe("varlen", CPU, torch.bfloat16, 64)
-    assert attention._probe("sdpa", CPU, torch.float32, 64) is None
+    assert attention._probe("padded", CPU, torch.float32, 64) is None  # values and gradient of the reference
 
 
 def test_an_implementation_that_is_wrong_is_not_used(monkeypatch):
