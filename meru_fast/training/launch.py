@@ -77,49 +77,57 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the trainer, or start the processes that do. Returns the exit status."""
-    from meru_fast import config
-    from meru_fast.training import deepspeed_config
+    """Run the trainer, or start the processes that do. Returns the exit status.
+
+    Faults of the user's files and of the numbers become one line; the traceback is in the rank's log file.
+    """
+    from meru_fast.config import ConfigError
+    from meru_fast.data.errors import DataError
 
     args = parse(argv)
+    place = Place.from_environment(os.environ, srun=args.num_gpus is None)
     try:
-        cfg = config.load(args.config, args.overrides)
-        ds_config = deepspeed_config.read(args.deepspeed_config)
-        place = Place.from_environment(os.environ, srun=args.num_gpus is None)
-        if args.dry_run:
-            from meru_fast.training.report import dry_run
-
-            return dry_run(cfg, ds_config, world_size=(args.num_gpus or 1) * args.num_machines)
-        if place is None and max(args.num_gpus or 1, args.num_machines) > 1:
+        if place is None and not args.dry_run and max(args.num_gpus or 1, args.num_machines) > 1:
+            _read_configs(args)  # a mistake in them is told once, before anything starts
             return start_processes(args, sys.argv[1:] if argv is None else list(argv))
+        return run(args, place or Place.alone())
+    except ConfigError as error:
+        if place is None or place.rank == 0:  # all ranks found the same
+            print(f"error: {error}", file=sys.stderr)
+    except DataError as error:
+        print(f"error: {f'rank {place.rank}: ' if place else ''}{error}", file=sys.stderr)
+    return 2
 
-        return run(cfg, args.output_dir, ds_config, args.resume, place or Place.alone())
-    except config.ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
 
-
-def run(cfg: DictConfig, output_dir: str, ds_config: dict[str, Any], resume: str | None, place: "Place") -> int:
-    """Train in this process; faults of the user's files and of the numbers become one line and an exit status."""
-    from meru_fast import config
+def run(args: argparse.Namespace, place: "Place") -> int:
+    """Train, or tell what training would do, in this process."""
     from meru_fast.checkpoint import CheckpointError
-    from meru_fast.data.errors import DataError
+    from meru_fast.training import report
     from meru_fast.training.guards import EXIT_NONFINITE, NonFiniteError
     from meru_fast.training.loop import train
 
+    cfg, ds_config = _read_configs(args)
+    if args.dry_run:
+        if place.rank == 0:
+            report.dry_run(cfg, ds_config, max(place.world_size, (args.num_gpus or 1) * args.num_machines))
+        return 0
     try:
         with process_environment(place):
-            return train(cfg, output_dir, ds_config=ds_config, resume=resume)
+            return train(cfg, args.output_dir, ds_config=ds_config, resume=args.resume)
     except NonFiniteError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_NONFINITE
-    except (config.ConfigError, CheckpointError) as error:
-        if place.rank == 0:  # all ranks found the same
+    except CheckpointError as error:
+        if place.rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2
-    except DataError as error:
-        print(f"error: rank {place.rank}: {error}", file=sys.stderr)
-        return 2
+
+
+def _read_configs(args: argparse.Namespace) -> tuple[DictConfig, dict[str, Any]]:
+    from meru_fast import config
+    from meru_fast.training import deepspeed_config
+
+    return config.load(args.config, args.overrides), deepspeed_config.read(args.deepspeed_config)
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def summary(cfg: DictConfig, engine: Any, loader: Any) -> str:
     )
 
 
-def dry_run(cfg: DictConfig, given: dict[str, Any], world_size: int) -> int:
+def dry_run(cfg: DictConfig, given: dict[str, Any], world_size: int) -> None:
     """Print what a run would do: config, DeepSpeed config, parameters, memory, epochs."""
     from meru_fast.training.loop import freeze, optim_values
 
@@ -138,4 +138,3 @@ def dry_run(cfg: DictConfig, given: dict[str, Any], world_size: int) -> int:
         )
     finally:
         loader.close()
-    return 0

@@ -231,6 +231,8 @@ def test_dry_run_builds_nothing(tmp_path, capsys):
         (["dataset.shards=/no/such/*.tar"], "/no/such/*.tar"),
         (["--deepspeed_config", "no.json"], "no DeepSpeed config 'no.json'"),
         (["--num-machines", "2"], "tcp://HOST:PORT"),
+        (["--num-gpus", "2", "train.seeds=1"], "did you mean train.seed?"),
+        (["--dry-run", "dataset.shards=/no/such/*.tar"], "/no/such/*.tar"),
     ],
 )
 def test_errors_are_one_line(tmp_path, capsys, arguments, message):
