@@ -515,9 +515,9 @@ def open_own(
 
 
 def status_of(name: str, data_dir: str | Path, part: str | None = None) -> Status:
-    """Look for a catalog dataset: the files that one part needs, or all parts of the protocol."""
+    """Look for a catalog dataset: the files that one part needs, or all parts that are evaluated."""
     entry, protocol, root = ENTRIES[name], protocols()[name], Path(data_dir) / name
-    parts = list(protocol.splits) if part is None else [part]
+    parts = [part] if part else list(protocol.splits) if "val" in protocol.splits else ["test"]  # no probe without val
     stored = {_stored_part(name, one) for one in parts}
     layout = "webdataset" if any((root / one / "nshards.txt").is_file() for one in ("train", "test")) else "original"
     if layout == "webdataset":

@@ -47,13 +47,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and evaluate. Exits with 1 if no dataset could be evaluated."""
     args = parse(argv)
     console = Console(quiet=not is_main_rank())
+    own_group = not dist.is_initialized()
     device = start(args.device)
     try:
         results = run(args, device, console)
     except (config.ConfigError, checkpoint.CheckpointError, DatasetError, ValueError) as error:
         sys.exit(f"error: {error}")
     finally:
-        if dist.is_initialized():
+        if own_group and dist.is_initialized():
             dist.destroy_process_group()
     if not results:
         sys.exit("error: nothing was evaluated")
