@@ -126,7 +126,7 @@ def _last_metrics(file: Path, iteration: int | None) -> dict[str, str]:
         rows = [row for row in csv.DictReader(opened) if row.get("step", "").isdigit()]
     rows = [row for row in rows if iteration is None or int(row["step"]) <= iteration]
     wanted = ("loss", "contrastive_loss", "entailment_loss", "image_radius", "text_radius", "cone_violation")
-    return {f"training {name}": rows[-1][name] for name in wanted if rows and rows[-1].get(name)}
+    return {f"training {name}": f"{float(rows[-1][name]):.4g}" for name in wanted if rows and rows[-1].get(name)}
 
 
 def _table(rows: Mapping[str, Any]) -> str:
