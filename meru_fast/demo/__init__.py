@@ -78,10 +78,10 @@ def _train(folder: Path, data: Path, overrides: Sequence[str]) -> Path:
     command = [sys.executable, "-m", "meru_fast.training", "--config", TRAIN_CONFIG, "--output-dir", str(run_folder)]
     command += ["--num-gpus", str(_processes()), "--resume", "auto", *overrides]
     print(f"      {' '.join(command[1:])}", flush=True)
+    (folder / "results.json").unlink(missing_ok=True)  # of other weights than these will be
     status = _wait(subprocess.Popen(command))
     if status != 0:
         raise DemoError(f"training ended with status {status}; its log is {run_folder / 'logs' / 'rank0.log'}")
-    (folder / "results.json").unlink(missing_ok=True)  # of weights before these
     return run_folder
 
 
@@ -137,7 +137,9 @@ def _evaluate(folder: Path, data: Path, run_folder: Path) -> dict[str, Any]:
     ]
     log = read_log(run_folder)
     results |= {"steps": int(log["step"][-1]), "training_minutes": training_minutes(log), "device": _device_name()}
-    path.write_text(json.dumps(results, indent=2), encoding="utf-8")
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(json.dumps(results, indent=2), encoding="utf-8")
+    partial.replace(path)
     return results
 
 
