@@ -54,7 +54,7 @@ def topk_kernel(
         xi = shifted_time(rx)[:, None]
         yi = shifted_time(ry)[None, :]
         delta = tl.maximum(xi + yi + xi * yi - inner, 0.0)
-        candidate = (row < m)[:, None] & (column < n)[None, :]
+        candidate = (row < m)[:, None] & (column < n)[None, :] & (inner == inner)  # a NaN is no match
         if CONES:
             candidate &= cone_contains(inner, ry[None, :], rx[:, None], rim)
         nearness = delta.to(tl.int32, bitcast=True) ^ LAST  # the bits of a float >= 0 are ordered

@@ -11,6 +11,7 @@ from meru_fast.ops.backend import active_backend
 CHUNK = 1 << 22  # scores the PyTorch path holds at a time
 QUERIES = 1024
 LAST = 0x7FFFFFFF
+NONE = LAST << 32 | LAST  # behind every candidate
 
 
 @torch.no_grad()
@@ -19,7 +20,8 @@ def topk(
 ) -> tuple[Tensor, Tensor]:
     """The k gallery rows with the largest Lorentz inner product (= smallest distance) to each query.
 
-    Exact, and the B x N score matrix never exists: memory is O(B k) plus one tile. Not differentiable.
+    Exact, and the B x N score matrix never exists: memory is O(B k) plus one tile. Not differentiable. Gallery rows
+    with a NaN are never found.
 
     Args:
         queries: [B, D], for example lifted images.
@@ -62,7 +64,7 @@ def _nearest(queries: Tensor, gallery: Tensor, k: int, curv: Tensor, entailment:
 
         if k <= kernels.MAX_K:
             packed = kernels.candidates(rows(queries), rows(gallery), k, curv, entailment)
-            return _unpack(_largest(packed, k))
+            return _unpack(_smallest(packed ^ NONE, k))
     dtype = torch.promote_types(torch.promote_types(queries.dtype, gallery.dtype), torch.float32)
     root = curv.to(dtype).sqrt()
     v = root * gallery.to(dtype)
@@ -83,33 +85,34 @@ def _search(u: Tensor, v: Tensor, k: int, entailment: float | None) -> tuple[Ten
         yi = lorentz.shifted_time(ry)
         inner = lorentz.gram(u, chunk)
         outside = None if entailment is None else ~_cone_contains(inner, ry, rx, 2 * entailment)
-        delta = inner.neg_().add_(yi).addr_(xi[:, 0], 1 + yi[0]).clamp_(min=0)
+        delta = (
+            inner.neg_().add_(yi).addr_(xi[:, 0], 1 + yi[0]).clamp_(min=0).nan_to_num_(nan=torch.inf, posinf=torch.inf)
+        )
         if outside is not None:
             delta.masked_fill_(outside, torch.inf)
-        index = torch.arange(first, first + len(chunk), device=u.device).expand(delta.shape)
+        index = torch.arange(first, first + len(chunk), device=u.device)[None]
         delta, index = _first(delta, index, k)
         best_delta, best_index = _first(torch.cat([best_delta, delta], 1), torch.cat([best_index, index], 1), k)
     return best_delta, best_index
 
 
 def _first(delta: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k smallest of each row, smallest first, ties by lower index (indices ascend within equal values)."""
+    """The k smallest of each row, smallest first, ties by lower index (which ascends within equal values)."""
     if delta.dtype == torch.float64:
         order = delta.sort(dim=1, stable=True).indices[:, :k]
-        return delta.gather(1, order), index.gather(1, order)
-    packed = (LAST - delta.view(torch.int32)).to(torch.int64)  # the bits of a float >= 0 are ordered
-    packed = packed.bitwise_left_shift_(32).bitwise_or_(LAST - index)
-    return _unpack(_largest(packed, k))
+        return delta.gather(1, order), index.expand(delta.shape).gather(1, order)
+    packed = delta.view(torch.int32).to(torch.int64)  # the bits of a float >= 0 are ordered
+    return _unpack(_smallest(packed.bitwise_left_shift_(32).bitwise_or_(index), k))
 
 
-def _largest(packed: Tensor, k: int) -> Tensor:
-    return packed.topk(min(k, packed.shape[1]), dim=1).values
+def _smallest(packed: Tensor, k: int) -> Tensor:
+    return packed.topk(min(k, packed.shape[1]), dim=1, largest=False).values
 
 
 def _unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """(delta fp32, index) of packed candidates; 0 means none."""
-    delta = (LAST - (packed >> 32)).to(torch.int32).view(torch.float32)
-    return delta.masked_fill(packed == 0, torch.inf), LAST - (packed & LAST)
+    """(delta fp32, index) of ``delta's bits << 32 | index``; infinite where there is none."""
+    delta = (packed >> 32).to(torch.int32).view(torch.float32)
+    return delta.masked_fill(packed == NONE, torch.inf), packed & LAST
 
 
 def _cone_contains(inner: Tensor, apex: Tensor, point: Tensor, rim: float) -> Tensor:

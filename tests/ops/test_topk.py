@@ -91,6 +91,17 @@ def test_large_k_falls_back_and_chunks_join(device: torch.device, monkeypatch: p
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_broken_row_is_never_found(backend: str, device: torch.device) -> None:
+    x, y = points(3, 8, 1.0).to(device), points(6, 8, 1.0, seed=1).to(device)
+    y[2] = torch.nan
+    with ops.use_backend(backend):
+        values, indices = ops.topk(x, y, 6)
+    assert (indices[:, :5] != 2).all()
+    assert (indices[:, 5] == -1).all()
+    assert values[:, :5].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_empty_sides(backend: str, device: torch.device) -> None:
     x, none = points(3, 8, 1.0).to(device), torch.zeros(0, 8, device=device)
     with ops.use_backend(backend):
