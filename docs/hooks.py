@@ -26,6 +26,7 @@ def on_page_content(html: str, **_unused) -> str:
         kind, latex = match.groups()
         for entity, letter in ENTITIES.items():
             latex = latex.replace(entity, letter)
+        latex = latex.replace("\\operatorname{log1p}", "\\mathrm{log1p}")  # the converter knows no digits in a name
         return convert(latex, display="block" if kind == "div" else "inline")
 
     return FORMULA.sub(draw, html)
