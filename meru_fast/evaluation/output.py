@@ -4,7 +4,7 @@ import csv
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,8 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 COLUMNS = ("dataset", "model", "pretrained", "task", "language")
-COST = "lp_cost"  # the one metric that is no fraction
+COST = "lp_cost"  # chosen by a linear probe, no score
+COUNTS = ("tie", "lca")  # edges and concepts, no shares
 SHORT = {
+    "hierarchical_precision": "HP",
+    "hierarchical_recall": "HR",
     "mean_per_class_recall": "macro",
     "image_retrieval_recall": "T>I",
     "text_retrieval_recall": "I>T",
@@ -94,9 +97,15 @@ def print_table(results: Iterable[Result], console: Console) -> None:
             table.add_column(_short(metric), justify="right")
         table.add_column("split")
         for result in of_task:
-            scores = [f"{100 * result.metrics[metric]:.1f}" if metric in result.metrics else "-" for metric in metrics]
+            scores = [_score(metric, result.metrics) for metric in metrics]
             table.add_row(result.pretrained, result.dataset, *scores, result.provenance.partition(",")[0])
         console.print(table)
+
+
+def _score(metric: str, metrics: Mapping[str, float]) -> str:
+    if metric not in metrics:
+        return "-"
+    return f"{metrics[metric]:.3f}" if metric in COUNTS else f"{100 * metrics[metric]:.1f}"
 
 
 def _short(metric: str) -> str:

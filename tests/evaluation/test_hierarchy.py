@@ -5,10 +5,12 @@ import random
 
 import networkx as nx
 import pytest
+from rich.console import Console
 from small_models import meru
 
 from meru_fast.demo.pictures import DIGIT_NAMES
 from meru_fast.evaluation.hierarchy import HierarchicalClassification, Hierarchy, hierarchical_metrics
+from meru_fast.evaluation.output import Result, print_table
 from meru_fast.evaluation.protocol import DatasetError, protocols
 
 #       thing
@@ -99,6 +101,13 @@ def test_the_shipped_tree_holds_every_class_of_cifar100():
     assert tree.distance("maple tree", "oak tree") == 2
     assert {"animal", "living thing", "thing"} <= tree.ancestors("trout")
     assert len({frozenset(tree.parents[name]) for name in classes}) == 20
+
+
+def test_the_table_scales_shares_and_leaves_counts(capsys):
+    metrics = hierarchical_metrics(Hierarchy(SMALL), ["oak", "dog"], ["dog", "dog"])
+    print_table([Result("digits", "MERU", "a.pth", "hierarchical_classification", metrics)], Console(width=100))
+    cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-2].split("│")]
+    assert cells[1:8] == ["a.pth", "digits", "2.000", "1.500", "66.7", "75.0", "75.0"]
 
 
 def test_the_evaluator_scores_folders_of_images(demo_data):
