@@ -1,31 +1,32 @@
 """Contrastive loss (hyperbolic or cosine): both directions from one pass over tiles of logits, memory O(B).
 
-Notation. ``A = 1 + a``, ``B = 1 + b``: time components on the unit hyperboloid. ``delta = a B + b - c <x, y>``, the argument of
-arcosh less 1; ``measure = log2(1 + delta + sqrt(delta (delta + 2)))``; ``logit = gain * measure``, in base 2, so that every
-exponential is one ``exp2``. In cosine geometry ``measure = <x, y>``. ``G = dL / dlogit``, ``W = dL / d delta``.
+Notation. ``A = 1 + a``, ``B = 1 + b``: time components on the unit hyperboloid. ``delta = a B + b - c <x, y>``, the
+argument of arcosh less 1; ``measure = log2(1 + delta + sqrt(delta (delta + 2)))``; ``logit = gain * measure``, in base 2,
+so that every exponential is one ``exp2``. In cosine geometry ``measure = <x, y>``. ``G = dL / dlogit``,
+``W = dL / d delta``.
 
 Operands. Logits faithful to float32 from half-precision units: each row is scaled by a power of two and split into
-``[hi | lo]`` in float16 (22 bits), walked as one product of length 3 D. float16 points need no low part; bfloat16 points, and all
-points at precision "medium", are bfloat16 operands as they are.
+``[hi | lo]`` in float16 (22 bits), walked as one product of length 3 D. float16 points need no low part; bfloat16
+points, and all points at precision "medium", are bfloat16 operands as they are.
 
 Forward, 4 launches
   prepare_kernel  one read of the points: operands, times, and the value of every given pair from its Lorentz chord.
-  forward_kernel  one matrix pass. A program owns a group of row tiles and a span of column tiles, keeps row statistics in
-                  registers and folds column sums into its own slices of a ``[groups * BM / 16, n]`` buffer. One exponential per
-                  logit: a column's terms are the row's, rebased from the row maximum to the tile maximum.
-  merge_kernel    joins the slices. A column that lies so far below its tiles' maxima that terms may have underflowed is computed
+  forward_kernel  one matrix pass. A program owns a group of row tiles and a span of column tiles, keeps row statistics
+                  in registers and folds column sums into its own slices of a ``[groups * BM / 16, n]`` buffer. One
+                  exponential per logit: a column's terms are the row's, rebased from row maximum to tile maximum.
+  merge_kernel    joins the slices. A column so far below its tiles' maxima that terms may have underflowed is computed
                   again here, with its own exponentials.
   (a sum)         of the loss parts.
-Statistics leave as log-sum-exp *less the logit of the row's (column's) own pair*: the loss is their mean, and next to 0, where
-training ends, they keep all their digits.
+Statistics leave as log-sum-exp *less the logit of the row's (column's) own pair*: the loss is their mean, and next to
+0, where training ends, they keep all their digits.
 
 Backward, per block of at most ``WORKSPACE`` bytes of weights
-  weights_kernel  makes the logits again and writes ``W`` without the given pairs in bfloat16, with ``sum_j W B``, ``sum_i W A`` and
-                  the sums for curv and logit_scale. The first two are sums of the *rounded* weights: so the rounding of W
-                  multiplies tangent vectors, which are short for close pairs, and not the points.
+  weights_kernel  makes the logits again and writes ``W`` without the given pairs in bfloat16, with ``sum_j W B``,
+                  ``sum_i W A`` and the sums for curv and logit_scale. The first two are sums of the *rounded* weights:
+                  so the rounding of W multiplies tangent vectors, which are short for close pairs, not the points.
   expand_kernel   the points of the block as sums of bfloat16 parts (float16 operands only).
-  products        ``W Y`` and ``W^T X`` by cuBLAS, accumulated in float32: W in one part and the points in two ("high": 2 products
-                  each), both in three ("highest": 6), both in one ("medium").
+  products        ``W Y`` and ``W^T X`` by cuBLAS, accumulated in float32: W in one part and the points in two ("high":
+                  2 products each), both in three ("highest": 6), both in one ("medium").
 then
   finish_kernel   adds the time terms and the given pairs and writes the gradients of the points.
   scalars_kernel  sums the parts of the gradients of curv and logit_scale.
@@ -44,7 +45,6 @@ from triton.language.extra.cuda import libdevice
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .geometry import INTERPRET, asinh, chord, fast_log2, row_norm, shifted_time
-
 from .tuning import TABLE, Tiles, processors, tiles_for
 
 PAD = 128  # rows of an operand are padded to a multiple of this, components to a multiple of PAD_D
@@ -65,6 +65,7 @@ _LN2 = tl.constexpr(0.6931471805599453)
 _FLOOR = tl.constexpr(-1e30)  # below every logit, yet finite
 _ABSENT = tl.constexpr(1e30)  # |time| of padding
 _PRESENT = tl.constexpr(1e29)
+_FAR = tl.constexpr(1e9)  # time of padding where it has to be finite: farther than any point, and its square still is
 _LOST = tl.constexpr(5e-29)  # 2^-94: below it, a rebased column sum may miss terms that underflowed (2^-126)
 _INF = tl.constexpr(float("inf"))
 
@@ -75,7 +76,6 @@ class Side(NamedTuple):
     matrix: Tensor  # [n_pad, d_pad] bf16 or fp16, or [n_pad, 2 d_pad] fp16 for [hi | lo]
     time: Tensor  # fp32 [n_pad], shifted time a (0 in cosine geometry); +-1e30 or inf marks padding
     scale: Tensor  # fp32 [n_pad], inverse of the row's scale
-    slope: Tensor  # fp32 [n_pad], a / (2 (1 + a))
 
 
 class Gradients(NamedTuple):
@@ -104,6 +104,15 @@ def fast_rsqrt(x):
         return tl.rsqrt(x)
     else:
         return libdevice.rsqrt(x)
+
+
+@triton.jit
+def fast_ratio(x, y):
+    """x / y to two units in the last place."""
+    if _INTERPRET:
+        return x / y
+    else:
+        return libdevice.fast_dividef(x, y)
 
 
 @triton.jit
@@ -158,9 +167,10 @@ def _values(acc, a, b, row_scale, col_scale, c, LORENTZ: tl.constexpr):
 
 @triton.jit
 def _fast_measure(value, LORENTZ: tl.constexpr):
-    """Absolute error 2^-22, enough for a logit; one log2 and one sqrt instruction. Rounding may leave delta below 0."""
+    """Absolute error 2^-22, enough for a logit; one log2 and one sqrt instruction."""
     if LORENTZ:
-        return fast_log2(1.0 + value + tl.sqrt(tl.abs(value * (value + 2.0))))
+        value = tl.abs(value)  # below 0 it is rounding; an absolute value costs no instruction, a maximum would
+        return fast_log2(1.0 + value + tl.sqrt(value * (value + 2.0)))
     else:
         return value
 
@@ -185,7 +195,7 @@ def _load_rows(ptr, row, n, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _store_operand(
-    points, row, n, matrix, time, scales, slopes, c,
+    points, row, n, matrix, time, scales, c,
     LORENTZ: tl.constexpr, KIND: tl.constexpr, D_PAD: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     k = tl.arange(0, BLOCK_D)
@@ -203,19 +213,20 @@ def _store_operand(
         if KIND == _SPLIT:
             tl.store(target + D_PAD, (scaled - hi.to(tl.float32)).to(tl.float16), mask=inside)
     else:
-        tl.store(target, to_bf16(points), mask=inside)
+        hi = to_bf16(points)
+        tl.store(target, hi, mask=inside)
+        points = hi.to(tl.float32)  # times of the same points as the products, or delta would lose all digits
     if LORENTZ:
         shifted = tl.where(row < n, shifted_time(tl.sqrt_rn(c) * row_norm(points)), _ABSENT)
     else:
         shifted = tl.where(row < n, 0.0, -_INF)
     tl.store(time + row, shifted)
     tl.store(scales + row, inverse)
-    tl.store(slopes + row, 0.5 * shifted / (1.0 + shifted))
 
 
 @triton.jit
 def prepare_kernel(
-    image, text, labels, curv, scale, left, left_time, left_scale, left_slope, right, right_time, right_scale, right_slope, pair,
+    image, text, labels, curv, scale, left, left_time, left_scale, right, right_time, right_scale, pair,
     b, n, b_pad, image_stride, text_stride,
     LORENTZ: tl.constexpr, KIND: tl.constexpr, LABELS: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -226,7 +237,7 @@ def prepare_kernel(
     if start < b_pad:
         row = start + tl.arange(0, ROWS)
         x = _load_rows(image, row, b, image_stride, D, BLOCK_D)
-        _store_operand(x, row, b, left, left_time, left_scale, left_slope, c, LORENTZ, KIND, D_PAD, BLOCK_D)
+        _store_operand(x, row, b, left, left_time, left_scale, c, LORENTZ, KIND, D_PAD, BLOCK_D)
         if LABELS:
             partner = tl.load(labels + row, mask=row < b, other=0).to(tl.int32)
         else:
@@ -241,7 +252,7 @@ def prepare_kernel(
     else:
         row = start - b_pad + tl.arange(0, ROWS)
         y = _load_rows(text, row, n, text_stride, D, BLOCK_D)
-        _store_operand(y, row, n, right, right_time, right_scale, right_slope, c, LORENTZ, KIND, D_PAD, BLOCK_D)
+        _store_operand(y, row, n, right, right_time, right_scale, c, LORENTZ, KIND, D_PAD, BLOCK_D)
 
 
 @triton.jit
@@ -425,7 +436,7 @@ def _halves(tile):
 @triton.jit
 def weights_kernel(
     left, right, row_time, col_time, row_scales, col_scales, pair, labels, curv, scale,
-    row_slopes, col_slopes, row_gap, col_gap, reference, weights, row_sums, col_sums, parts,
+    row_gap, col_gap, reference, weights, row_sums, col_sums, parts,
     b, b_pad, n_pad, width, row_first, col_first, row_tiles, col_tiles, groups, row_span, col_span, programs, log_weight,
     LORENTZ: tl.constexpr, KIND: tl.constexpr, PAIRS: tl.constexpr, LABELS: tl.constexpr, PARTS: tl.constexpr,
     D_PAD: tl.constexpr, TMA: tl.constexpr, HALVES: tl.constexpr,
@@ -449,9 +460,9 @@ def weights_kernel(
         rows = row * BM + tl.arange(0, BM)
         a = tl.load(row_time + rows)
         row_present = tl.abs(a) < _PRESENT
-        a = tl.where(row_present, a, 0.0)
+        a = tl.where(row_present, a, _FAR)
         row_scale = tl.load(row_scales + rows)
-        row_slope = tl.load(row_slopes + rows)
+        row_slope = 0.5 * fast_ratio(a, 1.0 + a)
         row_logit = tl.load(pair + b_pad + rows)
         row_shift = tl.where(row_present, tl.load(row_gap + rows) + offset, _INF)
         if PAIRS:
@@ -472,10 +483,11 @@ def weights_kernel(
                 cols = start + tl.arange(0, HALF_N)
                 b_time = tl.load(col_time + cols)
                 col_present = tl.abs(b_time) < _PRESENT
-                b_time = tl.where(col_present, b_time, 0.0)
+                b_time = tl.where(col_present, b_time, _FAR if LORENTZ else -_FAR)
                 value = _values(products, a, b_time, row_scale, tl.load(col_scales + cols), c, LORENTZ)
                 if LORENTZ:
-                    square = tl.abs(value * (value + 2.0))
+                    value = tl.abs(value)
+                    square = value * (value + 2.0)
                     # coinciding points have no direction
                     inverse = tl.where(square > 1e-37, fast_rsqrt(tl.maximum(square, 1e-37)), 0.0)
                     sinh = square * inverse
@@ -492,13 +504,15 @@ def weights_kernel(
                 grad = grad * tl.where(col_present, 1.0, 0.0)[None, :] + tl.exp2(
                     tl.fma(measure, gain, -col_logit[None, :]) - col_shift[None, :]
                 )
+                if not LORENTZ:
+                    grad = tl.where(row_present[:, None], grad, 0.0)
                 if PAIRS:
                     grad = tl.where((label - start)[:, None] == tl.arange(0, HALF_N)[None, :], 0.0, grad)
                 gain_row += tl.sum(grad * measure, axis=1)
                 if LORENTZ:
                     weight = (grad * gain) * inverse
                     gap = a[:, None] - b_time[None, :]
-                    slope_gap = row_slope[:, None] - tl.load(col_slopes + cols)[None, :]
+                    slope_gap = row_slope[:, None] - (0.5 * fast_ratio(b_time, 1.0 + b_time))[None, :]
                     curv_row += tl.sum(weight * (value - gap * slope_gap), axis=1)
                 else:
                     weight = grad * (gain * _LN2)
@@ -518,7 +532,7 @@ def weights_kernel(
                         weight -= rounded.to(tl.float32)
                         total += rounded.to(tl.float32)
                 if LORENTZ:
-                    row_sum += tl.sum(total * (1.0 + b_time)[None, :], axis=1)
+                    row_sum += tl.sum(total * tl.where(col_present, 1.0 + b_time, 0.0)[None, :], axis=1)
                     _add_columns(col_sums, total * tl.where(row_present, 1.0 + a, 0.0)[:, None], group, n_pad, cols)
             tl.debug_barrier()  # the slices of column sums are read again at the next row
         gain_part += tl.where(row_present, gain_row, 0.0)
@@ -775,7 +789,7 @@ class TritonEngine:
         """Room for one operand of ``rows`` padded rows."""
         dtype = torch.bfloat16 if self.kind == PLAIN else torch.float16
         matrix = like.new_empty((rows, _padded(width, PAD_D) * (2 if self.kind == SPLIT else 1)), dtype=dtype)
-        return Side(matrix, *(like.new_empty(rows, dtype=torch.float32) for _ in range(3)))
+        return Side(matrix, *(like.new_empty(rows, dtype=torch.float32) for _ in range(2)))
 
     def forward(
         self,
@@ -919,7 +933,7 @@ class TritonEngine:
             )
             weights_kernel[(split.groups * split.spans,)](
                 *self._tensors(left, right, tiles), pair, pair if labels is None else labels, self.curv, self.scale,
-                left.slope, right.slope, row_gap, col_gap, reference, target, row_sums, col_sums, totals,
+                row_gap, col_gap, reference, target, row_sums, col_sums, totals,
                 b, b_pad, n_pad, width, rows.start // tiles.rows, cols.start // tiles.cols,
                 _length(rows) // tiles.rows, _length(cols) // tiles.cols,
                 split.groups, split.row_span, split.col_span, programs, log_weight,

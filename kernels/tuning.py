@@ -47,7 +47,7 @@ TABLE: dict[tuple[str, int], tuple[Tiles, ...]] = {
         Tiles(64, 64, 64, 4, 4, tma=False, per_sm=3),
         Tiles(128, 128, 32, 8, 4, tma=False, per_sm=1),
     ),
-    ("weights", 8): (Tiles(64, 64, 64, 4, 3, tma=False), Tiles(64, 32, 64, 4, 4, tma=False, per_sm=3)),
+    ("weights", 8): (Tiles(64, 32, 64, 4, 3, tma=False), Tiles(64, 64, 64, 4, 3, tma=False)),
     ("forward", 9): (
         Tiles(),
         Tiles(128, 64, 64, 4, 4, per_sm=3),
@@ -60,9 +60,9 @@ TABLE: dict[tuple[str, int], tuple[Tiles, ...]] = {
     ),
     ("weights_highest", 8): (Tiles(64, 32, 64, 4, 3, tma=False, per_sm=3),),
     ("weights_highest", 9): (Tiles(128, 64, 64, 8, 3, per_sm=1, halves=2), Tiles(64, 64, 64, 4, 4, per_sm=3, halves=2)),
-    ("weights_highest", 10): (Tiles(128, 64, 64, 8, 4, per_sm=1), Tiles(64, 64, 64, 4, 4)),
-    ("forward", 10): (Tiles(per_sm=1), Tiles(128, 64, 64, 4, 4)),
-    ("weights", 10): (Tiles(128, 64, 64, 8, 4, per_sm=1), Tiles(64, 64, 64, 4, 4)),
+    ("weights_highest", 10): (Tiles(128, 32, 64, 8, 4, per_sm=1), Tiles(128, 64, 64, 8, 4, per_sm=1)),
+    ("forward", 10): (Tiles(128, 64, 64, 8, 4), Tiles(per_sm=1)),
+    ("weights", 10): (Tiles(128, 32, 64, 8, 4, per_sm=1), Tiles(128, 64, 64, 8, 4, per_sm=1)),
 }
 INTERPRETER = Tiles(64, 64, 64, 4, 1, tma=False, per_sm=1, halves=2)
 _tuned: dict[tuple, Tiles] = {}

@@ -5,7 +5,7 @@
 
 as in Desai et al., "Hyperbolic Image-Text Representations", section 3 (arXiv 2304.09172), and CLIP. No ``B x B`` tensor
 exists in forward or backward: tiles of logits are made, used and, for the gradients, made again. With a process group
-every rank gathers the texts only, computes its ``b x B`` block once, and the column statistics are merged over the ranks.
+every rank gathers the texts only, computes its ``b x B`` block once, and column statistics are merged over the ranks.
 """
 
 import math
@@ -16,12 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import contrastive_group
+from .arguments import MAX_WIDTH, scalar
 from .backend import active_backend
 from .contrastive_torch import TorchEngine
 
 GEOMETRIES = ("lorentz", "cosine")
 PRECISIONS = ("highest", "high", "medium")  # the words of torch.set_float32_matmul_precision
-MAX_WIDTH = 1024
 LN2 = math.log(2)
 
 
@@ -64,7 +64,7 @@ def contrastive_loss(
         RuntimeError: on a second derivative.
     """
     _check(image, text, labels, geometry, precision, group, ring)
-    curv, logit_scale = as_scalar(curv, "curv", image), as_scalar(logit_scale, "logit_scale", image)
+    curv, logit_scale = scalar("curv", curv, image), scalar("logit_scale", logit_scale, image)
     name = ""
     if group is not None:
         contrastive_group.check_equal_rows(len(image), group, image.device)
@@ -73,20 +73,6 @@ def contrastive_loss(
     return torch.ops.meru_fast.contrastive_forward(
         image, text, labels, curv, logit_scale, geometry, precision, backend, name, ring
     )[0]
-
-
-def as_scalar(value: float | Tensor, name: str, like: Tensor) -> Tensor:
-    """A 0-dim tensor on the device of ``like``, made without a copy from the host.
-
-    Raises:
-        ValueError: a tensor of more than one element.
-    """
-    if not isinstance(value, Tensor):
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        return torch.full((), float(value), dtype=dtype, device=like.device)
-    if value.numel() != 1:
-        raise ValueError(f"{name} must be one number, got a tensor of shape {tuple(value.shape)}")
-    return value.reshape(())
 
 
 def _engine(geometry: str, precision: str, backend: str, dtype: torch.dtype, curv: Tensor, scale: Tensor) -> Any:
@@ -109,7 +95,7 @@ def _forward(
     backend: str,
     group: str,
     ring: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss, and what the backward pass needs: statistics, given pairs and both operands."""
     with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
         engine = _engine(geometry, precision, backend, image.dtype, curv, logit_scale)
@@ -140,7 +126,7 @@ def _references(pair: Tensor, columns: int, labels: Tensor | None) -> tuple[Tens
 
 
 @_forward.register_fake
-def _(image, text, labels, curv, logit_scale, geometry, precision, backend, group, ring):  # noqa: ANN
+def _(image, text, labels, curv, logit_scale, geometry, precision, backend, group, ring):
     engine = _engine(geometry, precision, backend, image.dtype, curv, logit_scale)
     rows, cols = (engine.padded(points.shape[0]) for points in (image, text))
     world = contrastive_group.size(group) if group else 1
@@ -165,8 +151,10 @@ def _backward(
     pair: Tensor,
     left: Tensor,
     left_time: Tensor,
+    left_scale: Tensor,
     right: Tensor,
     right_time: Tensor,
+    right_scale: Tensor,
     geometry: str,
     precision: str,
     backend: str,
@@ -176,7 +164,7 @@ def _backward(
     """Gradients of image, text, curv and logit_scale."""
     with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
         engine = _engine(geometry, precision, backend, image.dtype, curv, logit_scale)
-        sides = engine.side(left, left_time), engine.side(right, right_time)
+        sides = engine.side(left, left_time, left_scale), engine.side(right, right_time, right_scale)
         if group:
             kept = contrastive_group.Forward(grad, row_gap, col_gap, reference, pair, *sides)
             grads = contrastive_group.backward(engine, kept, image, text, group, ring, grad)
@@ -191,7 +179,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad, image, text, labels, curv, logit_scale, *_):  # noqa: ANN
+def _(grad, image, text, labels, curv, logit_scale, *_):
     points = image.new_empty(image.shape), text.new_empty(text.shape)
     return *points, torch.empty_like(curv), torch.empty_like(logit_scale)
 

@@ -1,8 +1,8 @@
 """The contrastive loss over a process group: one-sided exchange, every pair of the global batch computed once.
 
-Rank r holds b images and b texts. Only the texts travel (as prepared operands: 2 or 4 bytes per component instead of 4),
-rank r computes the b x B block of its images against all texts. Row statistics stay local; column statistics are merged
-with two all-reduces of B floats; in the backward pass image gradients are local and text gradients are reduce-scattered.
+Rank r holds b images and b texts. Only the texts travel (as prepared operands), and rank r computes the b x B block of
+its images against all texts. Row statistics stay local; column statistics are merged with two all-reduces of B floats;
+in the backward pass image gradients are local and text gradients are reduce-scattered.
 
 ``gather`` holds all texts and computes its own block while the others arrive. ``ring`` holds two blocks at a time and
 passes them on while it computes; in the backward pass a block travels together with its gradient.

@@ -27,6 +27,7 @@ class Side(NamedTuple):
 
     matrix: Tensor  # [n, D + 2], or [n, D] in cosine geometry
     time: Tensor  # [n], shifted time a; 0 in cosine geometry
+    scale: Tensor  # [n], of the rows; 1 here
 
 
 class Pairs(NamedTuple):
@@ -82,11 +83,13 @@ class TorchEngine:
         value = self._pairs(x, partner).delta if self.lorentz else (x * partner).sum(-1)
         measure, _ = self._measure(value, torch.empty_like(value), torch.empty_like(value))
         pair = torch.stack([value, measure * self.gain2, torch.zeros_like(value)])
-        if not self.lorentz:
-            return Side(x.clone(), times[0]), Side(y.clone(), times[1]), pair
-        a, b = times[0][:, None], times[1][:, None]
-        left = torch.cat([-self.curv * x, a, torch.ones_like(a)], 1)
-        return Side(left, times[0]), Side(torch.cat([y, 1 + b, b], 1), times[1]), pair
+        if self.lorentz:
+            a, b = times[0][:, None], times[1][:, None]
+            x, y = torch.cat([-self.curv * x, a, torch.ones_like(a)], 1), torch.cat([y, 1 + b, b], 1)
+        elif image.dtype == self.dtype:  # operands must not be the caller's tensors
+            x, y = x.clone(), y.clone()
+        left, right = (Side(p, time, torch.ones_like(time)) for p, time in zip((x, y), times, strict=True))
+        return left, right, pair
 
     @staticmethod
     def padded(rows: int) -> int:
@@ -96,7 +99,7 @@ class TorchEngine:
     def empty_side(self, like: Tensor, rows: int, width: int) -> Side:
         """Room for one operand of ``rows`` rows."""
         matrix = like.new_empty((rows, width + 2 * self.lorentz), dtype=self.dtype)
-        return Side(matrix, like.new_empty(rows, dtype=self.dtype))
+        return Side(matrix, *(like.new_empty(rows, dtype=self.dtype) for _ in range(2)))
 
     def forward(
         self,

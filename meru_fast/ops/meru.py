@@ -6,7 +6,8 @@ from torch import Tensor
 
 from meru_fast.distributed import mean_over_ranks, sum_gradient
 
-from .contrastive import as_scalar, contrastive_loss
+from .arguments import scalar
+from .contrastive import contrastive_loss
 from .entailment import entailment_loss
 from .exp_map import exp_map0
 
@@ -27,7 +28,8 @@ def meru_loss(
     """``contrastive + entail_weight * entailment`` of ``exp_map0(alpha * raw)`` (arXiv 2304.09172, section 3).
 
     Args:
-        image_raw: ``[b, D]`` projected image features, before scaling and lift; any float dtype, computed in float32 or better.
+        image_raw: ``[b, D]`` projected image features, before scaling and lift; any float dtype, computed in float32
+            or better.
         text_raw: ``[b, D]`` projected text features; row ``i`` belongs to image ``i``.
         visual_alpha: scale of the image features before the lift (linear value), a number or a tensor of one element.
         textual_alpha: the same for the text features.
@@ -36,15 +38,15 @@ def meru_loss(
         entail_weight: weight of the entailment loss; with 0 it is still returned, without a gradient.
         min_radius: ``K`` of the entailment cones.
         precision: see ``contrastive_loss``.
-        group: process group over which the batch is spread. Losses are those of the whole batch, feature gradients those of the
-            whole loss by this rank's rows, scalar gradients complete on every rank.
+        group: process group over which the batch is spread. Losses are those of the whole batch, feature gradients
+            those of the whole loss by this rank's rows, scalar gradients complete on every rank.
 
     Returns:
         ``(loss, contrastive, entailment)``, 0-dim float32 (float64 for float64 inputs); the parts carry no gradient.
     """
     dtype = torch.float64 if image_raw.dtype == torch.float64 else torch.float32
     scalars = [
-        as_scalar(value, name, image_raw)
+        scalar(name, value, image_raw)
         for name, value in (("visual_alpha", visual_alpha), ("textual_alpha", textual_alpha), ("curv", curv))
     ]
     curv = scalars[2]
