@@ -5,7 +5,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -199,6 +199,7 @@ class Run:
         self.step = 0
         self.discarded = 0
         self.alarms = Alarms()
+        self.requests = Requests()
         self.agreement = Agreement()
         self.evaluator = None
         if settings.eval_period:
@@ -238,98 +239,110 @@ class Run:
     # --- the loop ----------------------------------------------------------------------------------------------
 
     def train(self) -> int:
-        settings = self.settings
-        metrics = progress = None
+        """All steps that are left. Returns the exit status."""
         if is_main_process():
-            metrics = Metrics(self.output_dir, self.step, settings.wandb, self.cfg)
-            progress = ProgressLine(settings.num_iterations, self.step)
+            self.metrics = Metrics(self.output_dir, self.step, self.settings.wandb, self.cfg)
+            self.progress = ProgressLine(self.settings.num_iterations, self.step)
             log.info("%s", report.summary(self.cfg, self.engine, self.loader))
         stacks = self.output_dir / "logs" / f"stacks_rank{get_rank()}.txt"
+        self.watchdog = Watchdog(self.settings.watchdog_seconds, stacks)
         try:
-            with Requests().listening() as requests, Watchdog(settings.watchdog_seconds, stacks) as watchdog:
-                return self._steps(metrics, progress, requests, watchdog)
+            with self.requests.listening(), self.watchdog:
+                return self._steps()
         finally:
             if is_main_process():
-                progress.close()
-                metrics.close()
+                self.progress.close()
+                self.metrics.close()
 
-    def _steps(self, metrics: Metrics, progress: ProgressLine, requests: Requests, watchdog: Watchdog) -> int:
-        settings = self.settings
-        last_save = time.monotonic()
-        window = Window.open()
+    def _steps(self) -> int:
+        self.last_save = time.monotonic()
+        self.window = Window.open()
         batches = iter(self.loader)
         stop = False
-        while self.step < settings.num_iterations and not stop:
-            watchdog.beat(f"waiting for the data of step {self.step + 1}")
-            asked = time.perf_counter()
-            batch = next(batches)
-            window.waited += time.perf_counter() - asked
-            watchdog.beat(f"in step {self.step + 1}")
+        while self.step < self.settings.num_iterations and not stop:
+            batch = self._next(batches)
             rate = self.engine.learning_rate
-            if hasattr(self.engine.model, "set_progress"):  # schedules of the model, such as MERU's curvature
-                self.engine.model.set_progress(self.step / settings.num_iterations)
-            result = self.engine.step(batch.images, batch.tokens)
-            self.step += 1
-            window.steps += 1
-            if not result.applied:
-                rolled_back = self._discarded_step(result, batch)
-                if rolled_back:
-                    if is_main_process():
-                        metrics.rewind(self.step)
-                    batches = iter(self.loader)
-                    continue
-            elif self.average is not None:
-                self.average.update()
+            result = self._step(batch)
+            if not result.applied and self._discarded_step(result, batch):
+                batches = iter(self.loader)  # back at a checkpoint, on with other data
+                continue
             if self._logs_now():
-                row = self._row(result, rate, batch, window)
-                if is_main_process():
-                    metrics.log_step(row)
-                    progress.step(self.step)
-                    progress.show(row)
-                    min_radius = getattr(self.engine.model, "min_radius", 0.1)
-                    self.alarms.check(self.step, row, self.engine.scalars_at_bound(), min_radius)
-                window = Window.open()
-            elif is_main_process():
-                progress.step(self.step)
-            if settings.eval_period and self.step % settings.eval_period == 0:
-                with watchdog.paused(f"evaluating at step {self.step}"):
-                    self._evaluate(metrics)
-                window = Window.open()
-            stop, save, due, writing = self.agreement.any(
-                requests.stop, requests.save, self._save_is_due(last_save), not self.checkpoints.written
-            )
-            if self.checkpoints.pending is not None and not writing:
-                self.checkpoints.publish()
-            if save or due or self.step % settings.checkpoint_period == 0:
-                requests.save = False
-                last_save = time.monotonic()
-                with watchdog.paused(f"saving step {self.step}"):
-                    self.save()
-        with watchdog.paused("saving at the end"):
-            self.checkpoints.finish()
-            if self.checkpoints.last_saved != self.step:
-                self.save()
-                self.checkpoints.finish()
-        if stop and self.step < settings.num_iterations:
+                self._log(result, rate, batch)
+            if is_main_process():
+                self.progress.step(self.step)
+            if self.settings.eval_period and self.step % self.settings.eval_period == 0:
+                self._evaluate()
+            stop = self._save_if_asked()
+        self._save_at_the_end()
+        if stop and self.step < self.settings.num_iterations:
             log.info("asked to stop: step %d is saved, --resume goes on from it", self.step)
             return EXIT_STOPPED
         return 0
 
+    def _next(self, batches: Iterator[Any]) -> Any:
+        self.watchdog.beat(f"waiting for the data of step {self.step + 1}")
+        asked = time.perf_counter()
+        batch = next(batches)
+        self.window.waited += time.perf_counter() - asked
+        return batch
+
+    def _step(self, batch: Any) -> StepResult:
+        self.watchdog.beat(f"in step {self.step + 1}")
+        if hasattr(self.engine.model, "set_progress"):  # schedules of the model, such as MERU's curvature
+            self.engine.model.set_progress(self.step / self.settings.num_iterations)
+        result = self.engine.step(batch.images, batch.tokens)
+        self.step += 1
+        self.window.steps += 1
+        if result.applied and self.average is not None:
+            self.average.update()
+        return result
+
+    def _save_if_asked(self) -> bool:
+        """Publish what has been written, save what is due or asked for; returns whether to stop. All ranks agree."""
+        stop, save, due, writing = self.agreement.any(
+            self.requests.stop, self.requests.save, self._save_is_due(), not self.checkpoints.written
+        )
+        if self.checkpoints.pending is not None and not writing:
+            self.checkpoints.publish()
+        if save or due or self.step % self.settings.checkpoint_period == 0:
+            self.requests.save = False
+            self.last_save = time.monotonic()
+            with self.watchdog.paused(f"saving step {self.step}"):
+                self.save()
+        return stop
+
+    def _save_at_the_end(self) -> None:
+        with self.watchdog.paused("saving at the end"):
+            self.checkpoints.finish()
+            if self.checkpoints.last_saved != self.step:
+                self.save()
+                self.checkpoints.finish()
+
     def _logs_now(self) -> bool:
         return self.step % self.settings.log_period == 0 or self.step in (1, self.settings.num_iterations)
 
-    def _save_is_due(self, last_save: float) -> bool:
+    def _save_is_due(self) -> bool:
         minutes = self.settings.checkpoint_minutes
-        return bool(minutes) and time.monotonic() - last_save > 60 * minutes
+        return bool(minutes) and time.monotonic() - self.last_save > 60 * minutes
 
-    def _row(self, result: StepResult, rate: float, batch: Any, window: Window) -> dict[str, Any]:
+    def _log(self, result: StepResult, rate: float, batch: Any) -> None:
+        row = self._row(result, rate, batch)
+        if is_main_process():
+            self.metrics.log_step(row)
+            self.progress.step(self.step)
+            self.progress.show(row)
+            min_radius = getattr(self.engine.model, "min_radius", 0.1)
+            self.alarms.check(self.step, row, self.engine.scalars_at_bound(), min_radius)
+        self.window = Window.open()
+
+    def _row(self, result: StepResult, rate: float, batch: Any) -> dict[str, Any]:
         """A row of metrics.csv. The model's numbers are this step's, averaged over ranks; speeds since the last row."""
         names = list(result.logging)
         values = torch.stack([result.logging[name].float() for name in names])
         if get_world_size() > 1:
             dist.all_reduce(values)
             values = values / get_world_size()
-        seconds = time.perf_counter() - window.started
+        seconds = time.perf_counter() - self.window.started
         memory = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else report.resident_gb()
         return {
             "step": self.step,
@@ -337,9 +350,9 @@ class Run:
             **dict(zip(names, values.tolist(), strict=True)),
             "lr": rate,
             "grad_norm": result.grad_norm,
-            "img_per_s": self.settings.total_batch_size * window.steps / seconds,
-            "data_wait": window.waited / seconds,
-            "step_seconds": seconds / window.steps,
+            "img_per_s": self.settings.total_batch_size * self.window.steps / seconds,
+            "data_wait": self.window.waited / seconds,
+            "step_seconds": seconds / self.window.steps,
             "memory_gb": memory,
             "epoch": batch.epoch,
             "bad_samples": self.loader.report()["bad"],
@@ -369,24 +382,32 @@ class Run:
         if folder is None:
             raise NonFiniteError(message + "; train.nonfinite=rollback, but there is no checkpoint yet")
         self.restore(folder, with_data=False)
+        if is_main_process():
+            self.metrics.rewind(self.step)
         return True
 
-    def _evaluate(self, metrics: Metrics | None) -> None:
+    def _evaluate(self) -> None:
         """The config's evaluator on the model in training: by rank 0, or by all where each holds a part of it.
 
         A failing evaluation (a data set that is not there) costs its numbers, not the run.
         """
-        model, before = self.engine.model, rank_state()
-        if self.engine.stage == 3 or is_main_process():
-            model.eval()
-            results: dict[str, float] = {}
-            try:
-                with torch.no_grad(), self.engine.readable_scalars():
-                    results = self.evaluator(model)
-            except Exception as error:
-                log.warning("the evaluation at step %d failed, training goes on: %s", self.step, error, exc_info=error)
-            if is_main_process() and results:
-                metrics.log_evaluation(self.step, results)
-                log.info("step %d: %s", self.step, ", ".join(f"{name} {value:.4g}" for name, value in results.items()))
+        before = rank_state()
+        with self.watchdog.paused(f"evaluating at step {self.step}"):
+            if self.engine.stage == 3 or is_main_process():
+                results = self._results()
+                if is_main_process() and results:
+                    self.metrics.log_evaluation(self.step, results)
+                    scores = ", ".join(f"{name} {value:.4g}" for name, value in results.items())
+                    log.info("step %d: %s", self.step, scores)
+            barrier()
         restore_rank_state(before)
-        barrier()
+        self.window = Window.open()
+
+    def _results(self) -> dict[str, float]:
+        self.engine.model.eval()
+        try:
+            with torch.no_grad(), self.engine.readable_scalars():
+                return self.evaluator(self.engine.model)
+        except Exception as error:
+            log.warning("the evaluation at step %d failed, training goes on: %s", self.step, error, exc_info=error)
+            return {}
