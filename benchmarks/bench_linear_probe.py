@@ -4,8 +4,8 @@
     python -m benchmarks.bench_linear_probe --samples 75750 --dim 1024 --classes 101 --solvers batched         an H200's
 
 Features are synthetic: Gaussian classes whose spectrum falls over 1.5 decades, as that of trained encoders does, which
-makes plain L-BFGS slow. Both sides sweep, refit and score as ``meru_fast.evaluation.linear_probe`` says, scikit-learn on
-the CPU. Wall and CPU seconds and the load of the machine are recorded.
+makes plain L-BFGS slow. Both sides sweep, refit and score as ``meru_fast.evaluation.linear_probe`` says, scikit-learn
+on the CPU. Wall and CPU seconds and the load of the machine are recorded.
 """
 
 import argparse

@@ -22,6 +22,7 @@ from torch import Tensor
 HISTORY = 10
 ARMIJO = 1e-4
 MAX_HALVINGS = 20
+SEPARATED = 0.01  # cross entropy (nats) of a training set that the weights tell apart
 BLOCK_BYTES = {
     "cpu": 1 << 22,
     "cuda": 1 << 28,
@@ -83,26 +84,48 @@ class LogisticProblem:
             costs: C of scikit-learn, inverse strength of the penalty.
             tolerance: on the norm of every class's gradient: stricter than scikit-learn, which asks 1e-4 of its largest
                 entry, so that labels are those of the exact solution.
-            start: a solution to start from, for all costs; the default is zero weights.
+            start: the solution of one cost to start from; the default is zero weights.
         """
         penalty = 1 / (self.inputs.new_tensor(list(costs)) * len(self.inputs))  # [S]
         if self.num_classes == 2:
             penalty *= 2
-        parameters = self._initial(len(penalty), start)
-        curvature = self.spectrum / self.num_classes + penalty[:, None] * self._penalised()  # Hessian at 0, [S, D + 1]
-        state = _LBFGS(lambda theta, chosen: self._objective(theta, penalty[chosen]), curvature, parameters)
-        state.run(max_iterations, tolerance)
-        weight = state.parameters[..., :-1].double() @ self.axes.T
-        bias = state.parameters[..., -1].double() - weight @ self.mean
+        curvature = self.spectrum / self.num_classes  # Hessian of the cross entropy at 0, [D + 1]
+        initial = self._rotated(start)
+        found = self._solve(penalty, curvature, initial, max_iterations, tolerance)
+        pull = penalty * found.parameters[..., :-1].norm(dim=2).amax(dim=1)
+        open_ = (found.value < SEPARATED) & (pull <= tolerance)
+        if open_.any():
+            # The classes are separated and the penalty is too weak to be seen: any separation passes, and the
+            # preconditioner leads to one that ignores the penalty. Plain steps from the nearest solution that the
+            # penalty does decide stay near the minimum: their limit is the widest margin, as that of weak penalties.
+            if (~open_).any():
+                initial = found.parameters[torch.where(open_, -torch.inf, -penalty.log()).argmax()]
+            plain = curvature.amax().expand_as(curvature)
+            found.replace(open_, self._solve(penalty[open_], plain, initial, max_iterations, tolerance))
+        weight = found.parameters[..., :-1].double() @ self.axes.T
+        bias = found.parameters[..., -1].double() - weight @ self.mean
         dtype = self.inputs.dtype
-        return Solution(weight.to(dtype), bias.to(dtype), state.iterations, state.converged)
+        return Solution(weight.to(dtype), bias.to(dtype), found.iterations, found.converged)
 
-    def _initial(self, count: int, start: Solution | None) -> Tensor:
+    def _solve(
+        self, penalty: Tensor, curvature: Tensor, initial: Tensor, max_iterations: int, tolerance: float
+    ) -> "_LBFGS":
+        """Minimise for penalties [S], from `initial` [K, D + 1], with the preconditioner `curvature` [D + 1]."""
+        state = _LBFGS(
+            lambda theta, chosen: self._objective(theta, penalty[chosen]),
+            curvature + penalty[:, None] * self._penalised(),
+            initial.expand(len(penalty), -1, -1).clone(),
+        )
+        state.run(max_iterations, tolerance)
+        return state
+
+    def _rotated(self, start: Solution | None) -> Tensor:
+        """The parameters [K, D + 1] to start from: zeros, or a solution in the coordinates of `inputs`."""
         if start is None:
-            return self.inputs.new_zeros(count, self.num_classes, self.inputs.shape[1])
-        weight, bias = start.weight.double(), start.bias.double()
-        rotated = torch.cat([weight @ self.axes, (bias + weight @ self.mean)[..., None]], dim=-1)
-        return rotated.to(self.inputs.dtype).expand(count, -1, -1).clone()
+            return self.inputs.new_zeros(self.num_classes, self.inputs.shape[1])
+        weight, bias = start.weight[0].double(), start.bias[0].double()
+        rotated = torch.cat([weight @ self.axes, (bias + weight @ self.mean)[:, None]], dim=1)
+        return rotated.to(self.inputs.dtype)
 
     def _penalised(self) -> Tensor:
         """1 for every input but the intercept."""
@@ -145,6 +168,7 @@ class _LBFGS:
         count = len(parameters)
         self.iterations = torch.zeros(count, dtype=torch.long, device=parameters.device)
         self.converged = torch.zeros(count, dtype=torch.bool, device=parameters.device)
+        self.value = torch.zeros(count, dtype=torch.float64, device=parameters.device)
 
     def run(self, max_iterations: int, tolerance: float) -> None:
         active = torch.arange(len(self.parameters), device=self.parameters.device)
@@ -154,10 +178,10 @@ class _LBFGS:
         for iteration in range(max_iterations + 1):
             done = gradient.norm(dim=2).amax(dim=1) <= tolerance
             if iteration == max_iterations:
-                self._leave(active, theta, iteration, done)
+                self._leave(active, theta, value, iteration, done)
                 return
             if done.any():
-                self._leave(active[done], theta[done], iteration, done[done])
+                self._leave(active[done], theta[done], value[done], iteration, done[done])
                 keep = ~done
                 active, theta, value, gradient = active[keep], theta[keep], value[keep], gradient[keep]
                 history = [(step[keep], change[keep], rho[keep]) for step, change, rho in history]
@@ -172,14 +196,22 @@ class _LBFGS:
             theta, value, gradient = new_theta, new_value, new_gradient
             if not moved.all():  # no descent within rounding: as good as it gets in this precision
                 stuck = ~moved
-                self._leave(active[stuck], theta[stuck], iteration + 1, stuck[stuck])
+                self._leave(active[stuck], theta[stuck], value[stuck], iteration + 1, stuck[stuck])
                 active, theta, value, gradient = active[moved], theta[moved], value[moved], gradient[moved]
                 history = [(step[moved], change[moved], rho[moved]) for step, change, rho in history]
 
-    def _leave(self, which: Tensor, theta: Tensor, iteration: int, converged: Tensor) -> None:
+    def _leave(self, which: Tensor, theta: Tensor, value: Tensor, iteration: int, converged: Tensor) -> None:
         self.parameters[which] = theta
+        self.value[which] = value
         self.iterations[which] = iteration
         self.converged[which] = converged
+
+    def replace(self, which: Tensor, other: "_LBFGS") -> None:
+        """Take the problems `which` (a mask) from `other`; iterations add up."""
+        self.parameters[which] = other.parameters
+        self.value[which] = other.value
+        self.iterations[which] += other.iterations
+        self.converged[which] = other.converged
 
     @staticmethod
     def _precondition(gradient: Tensor, history: list[tuple[Tensor, Tensor, Tensor]], curvature: Tensor) -> Tensor:

@@ -108,6 +108,22 @@ def test_iterations_are_bounded_and_reported():
     assert torch.isfinite(solution.weight).all()
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_weak_penalties_on_separated_classes_stay_near_the_minimum():
+    """Every separating solution has a vanishing gradient there; the one found is nearly that of the objective."""
+    features, labels = overlapping(3000, 96, 8, 3.0)
+    problem = LogisticProblem(features[:1000], labels[:1000], 8)
+    found = problem.fit(COSTS)
+    assert (found[5].predict(features[:1000])[0] == labels[:1000]).all()  # separated at 1e4
+    reference = LogisticRegression(C=1e4, tol=1e-9, max_iter=4000)
+    reference.fit(features[:1000].double().numpy(), labels[:1000].numpy())
+    expected = torch.from_numpy(reference.predict(features[1000:].double().numpy()))
+    assert (found[5].predict(features[1000:])[0] == expected).float().mean() >= 0.9
+    scores = [(found[at].predict(features[1000:])[0] == labels[1000:]).float().mean() for at in (4, 5, 6)]
+    assert abs(scores[1] - (expected == labels[1000:]).float().mean()) <= 0.02
+    assert max(scores) - min(scores) <= 0.03
+
+
 def test_a_class_without_samples_and_constant_features():
     features, labels = overlapping(400, 6, 3, 1.0)
     features[:, 2] = 7.0
