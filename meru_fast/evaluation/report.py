@@ -5,7 +5,7 @@ import base64
 import io
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
@@ -115,12 +115,11 @@ class Panel:
 
 @dataclass
 class Section:
-    """A heading, a paragraph, and a panel for each model; `wide` panels are laid below each other."""
+    """A heading, a paragraph, and a panel for each model."""
 
     title: str
     lead: str
-    panels: list[Panel] = field(default_factory=list)
-    wide: bool = False
+    panels: list[Panel]
 
 
 class Portrait:
@@ -336,37 +335,29 @@ class Portrait:
 def sections(portraits: Sequence[Portrait]) -> list[Section]:
     """All sections of the page; those that no model has anything for are left out."""
     made = []
-    for title, lead, make, wide in (
-        (
-            "Training",
-            "What the loss did, and where it moved the embeddings.",
-            Portrait.training,
-            True,
-        ),
+    for title, lead, make in (
+        ("Training", "What the loss did, and where it moved the embeddings.", Portrait.training),
         (
             "Distance from the root",
             "A general caption fits many images. The entailment loss asks that it hold them all in its cone, and cones "
             "are wide only near the root: so captions settle inside, images outside.",
             Portrait.radius_histogram,
-            False,
         ),
-        ("The map", "Every image and caption, seen from the root.", Portrait.disk, True),
-        ("Retrieval", "The nearest images of a caption, all held out.", Portrait.retrieval, True),
+        ("The map", "Every image and caption, seen from the root.", Portrait.disk),
+        ("Retrieval", "The nearest images of a caption, all held out.", Portrait.retrieval),
         (
             "Traversals",
             "Walking from an image towards the root, captions become more general until nothing is left to say.",
             Portrait.traversals,
-            True,
         ),
-        ("Interpolations", "Walking from one image to another.", Portrait.interpolations, True),
+        ("Interpolations", "Walking from one image to another.", Portrait.interpolations),
         (
             "Entailment",
             "The exterior angle asks whether a caption entails an image, however far out the image lies.",
             Portrait.entailed,
-            True,
         ),
-        ("Numbers", "Cones, and the tree that the captions form.", Portrait.numbers, False),
-        ("Settings and versions", "", Portrait.settings, False),
+        ("Numbers", "Cones, and the tree that the captions form.", Portrait.numbers),
+        ("Settings and versions", "", Portrait.settings),
     ):
         panels = []
         for portrait in portraits:
@@ -374,7 +365,7 @@ def sections(portraits: Sequence[Portrait]) -> list[Section]:
             if panel is not None:
                 panels.append(replace(panel, name=portrait.subject.title))
         if panels:
-            made.append(Section(title, lead, panels, wide))
+            made.append(Section(title, lead, panels))
     return made
 
 
