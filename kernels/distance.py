@@ -15,10 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .geometry import arcosh1p, asinh, chord, hypot, row_norm, safe_inverse, shifted_time, unit_time
+from .geometry import LAUNCH, WARPS, arcosh1p, asinh, chord, hypot, row_norm, safe_inverse, shifted_time, unit_time
 
 TILE = 2048  # elements of one operand that a program of the row kernels holds
-WARPS = 4
 FAR = tl.constexpr(2.0**60)  # rows beyond are pulled back here, the logarithm of the factor is added to their distances
 PAIR_BLOCKS = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8}
 
@@ -156,7 +155,7 @@ def elementwise_bwd_kernel(
 def row_blocks(width: int) -> dict[str, int]:
     """Launch configuration of the row kernels for rows of this many components."""
     block = triton.next_power_of_2(width)
-    return {"ROWS": max(1, TILE // block), "BLOCK_D": block, "num_warps": WARPS}
+    return {"ROWS": max(1, TILE // block), "BLOCK_D": block}
 
 
 def row_norms(x: Tensor) -> Tensor:
@@ -166,7 +165,7 @@ def row_norms(x: Tensor) -> Tensor:
     blocks = row_blocks(width)
     if n:
         with torch.cuda.device_of(x):
-            row_norm_kernel[(triton.cdiv(n, blocks["ROWS"]),)](x, r, n, width, x.stride(0), **blocks)
+            row_norm_kernel[(triton.cdiv(n, blocks["ROWS"]),)](x, r, n, width, x.stride(0), **blocks, **LAUNCH)
     return r
 
 
@@ -179,7 +178,7 @@ def pairwise(x: Tensor, y: Tensor, curv: Tensor, distance: bool) -> Tensor:
         with torch.cuda.device_of(x):
             pairwise_kernel[grid](
                 x, y, row_norms(x), row_norms(y), curv, out, m, n, x.shape[1], x.stride(0), y.stride(0),
-                DISTANCE=distance, **PAIR_BLOCKS, num_warps=WARPS, num_stages=3,
+                DISTANCE=distance, **PAIR_BLOCKS, **LAUNCH, num_stages=3,
             )  # fmt: skip
     return out
 
@@ -192,7 +191,7 @@ def elementwise(x: Tensor, y: Tensor, curv: Tensor, distance: bool) -> Tensor:
     if n:
         with torch.cuda.device_of(x):
             elementwise_fwd_kernel[(triton.cdiv(n, blocks["ROWS"]),)](
-                x, y, curv, out, n, width, x.stride(0), y.stride(0), DISTANCE=distance, **blocks
+                x, y, curv, out, n, width, x.stride(0), y.stride(0), DISTANCE=distance, **blocks, **LAUNCH
             )
     return out
 
@@ -211,7 +210,7 @@ def elementwise_backward(
         with torch.cuda.device_of(x):
             elementwise_bwd_kernel[grid](
                 g.contiguous(), x, y, curv, dx, dy, partial, n, width, x.stride(0), y.stride(0),
-                DISTANCE=distance, **blocks,
+                DISTANCE=distance, **blocks, **LAUNCH,
             )  # fmt: skip
     return dx, dy, partial.sum()
 
@@ -221,14 +220,13 @@ def compile_specs() -> list:
     from .specs import describe
 
     blocks = row_blocks(512)
-    warps = blocks.pop("num_warps")
     tile = PAIR_BLOCKS["BLOCK_M"] * PAIR_BLOCKS["BLOCK_N"]
-    found = [describe("row_norm[fp32,512]", row_norm_kernel, blocks, num_warps=warps)]
+    found = [describe("row_norm[fp32,512]", row_norm_kernel, blocks, num_warps=WARPS)]
     for distance, label in ((False, "inner"), (True, "dist")):
         kind = {"DISTANCE": distance}
         found += [
             describe(f"pairwise[{label},fp32]", pairwise_kernel, kind | PAIR_BLOCKS, num_warps=WARPS, outputs=tile),
-            describe(f"elementwise_fwd[{label},fp32,512]", elementwise_fwd_kernel, kind | blocks, num_warps=warps),
-            describe(f"elementwise_bwd[{label},fp32,512]", elementwise_bwd_kernel, kind | blocks, num_warps=warps),
+            describe(f"elementwise_fwd[{label},fp32,512]", elementwise_fwd_kernel, kind | blocks, num_warps=WARPS),
+            describe(f"elementwise_bwd[{label},fp32,512]", elementwise_bwd_kernel, kind | blocks, num_warps=WARPS),
         ]
     return found

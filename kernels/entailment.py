@@ -18,10 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .distance import load_pair, row_blocks, row_norms, tile_of_program
-from .geometry import atan2, hypot, row_norm, safe_inverse, unit_time
+from .geometry import LAUNCH, WARPS, atan2, hypot, row_norm, safe_inverse, unit_time
 
 KINDS = ("angle", "aperture", "entailment")  # what a cone kernel computes
-WARPS = 4
 PAIR_BLOCKS = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP": 8}
 
 
@@ -182,7 +181,7 @@ def cone(kind: str, x: Tensor, y: Tensor | None, curv: Tensor, min_radius: float
         with torch.cuda.device_of(x):
             cone_fwd_kernel[grid](
                 x, y, curv, out, n, width, x.stride(0), y.stride(0), 2.0 * min_radius, aperture_scale,
-                KIND=kind, **blocks,
+                KIND=kind, **blocks, **LAUNCH,
             )  # fmt: skip
     return out.sum() if kind == "entailment" else out
 
@@ -202,7 +201,7 @@ def cone_backward(
         with torch.cuda.device_of(x):
             cone_bwd_kernel[grid](
                 g.contiguous(), x, y, curv, dx, dy, partial, n, width, x.stride(0), y.stride(0),
-                2.0 * min_radius, aperture_scale, KIND=kind, **blocks,
+                2.0 * min_radius, aperture_scale, KIND=kind, **blocks, **LAUNCH,
             )  # fmt: skip
     return dx, dy, partial.sum()
 
@@ -216,7 +215,7 @@ def pairwise_angle(x: Tensor, y: Tensor, curv: Tensor) -> Tensor:
         with torch.cuda.device_of(x):
             pairwise_angle_kernel[grid](
                 x, y, row_norms(x), row_norms(y), curv, out, m, n, x.shape[1], x.stride(0), y.stride(0),
-                **PAIR_BLOCKS, num_warps=WARPS,
+                **PAIR_BLOCKS, **LAUNCH,
             )  # fmt: skip
     return out
 
@@ -226,7 +225,6 @@ def compile_specs() -> list:
     from .specs import describe
 
     blocks = row_blocks(512)
-    warps = blocks.pop("num_warps")
     found = [
         describe("pairwise_angle[fp32]", pairwise_angle_kernel, PAIR_BLOCKS, num_warps=WARPS,
                  outputs=PAIR_BLOCKS["BLOCK_M"] * PAIR_BLOCKS["BLOCK_N"]),
@@ -234,7 +232,7 @@ def compile_specs() -> list:
     for kind in KINDS:
         constexprs = {"KIND": kind, **blocks}
         found += [
-            describe(f"cone_fwd[{kind},fp32,512]", cone_fwd_kernel, constexprs, num_warps=warps),
-            describe(f"cone_bwd[{kind},fp32,512]", cone_bwd_kernel, constexprs, num_warps=warps),
+            describe(f"cone_fwd[{kind},fp32,512]", cone_fwd_kernel, constexprs, num_warps=WARPS),
+            describe(f"cone_bwd[{kind},fp32,512]", cone_bwd_kernel, constexprs, num_warps=WARPS),
         ]
     return found

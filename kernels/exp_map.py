@@ -11,10 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .geometry import exp_factors, log_factors, row_norm, safe_inverse
+from .geometry import LAUNCH, WARPS, exp_factors, log_factors, row_norm, safe_inverse
 
 TILE = 4096  # elements a program holds
-WARPS = 4
 
 
 @triton.jit
@@ -71,7 +70,7 @@ def exp_map_bwd_kernel(
 
 def _blocks(width: int) -> dict[str, int]:
     block = triton.next_power_of_2(width)
-    return {"ROWS": max(1, TILE // block), "BLOCK_D": block, "num_warps": WARPS}
+    return {"ROWS": max(1, TILE // block), "BLOCK_D": block}
 
 
 def forward(x: Tensor, scale: Tensor | None, curv: Tensor, inverse: bool) -> Tensor:
@@ -84,7 +83,7 @@ def forward(x: Tensor, scale: Tensor | None, curv: Tensor, inverse: bool) -> Ten
         with torch.cuda.device_of(x):
             exp_map_fwd_kernel[grid](
                 x, curv if scale is None else scale, curv, y, n, width, x.stride(0),
-                INVERSE=inverse, SCALED=scale is not None, **blocks,
+                INVERSE=inverse, SCALED=scale is not None, **blocks, **LAUNCH,
             )  # fmt: skip
     return y
 
@@ -100,7 +99,7 @@ def backward(dy: Tensor, x: Tensor, scale: Tensor | None, curv: Tensor, inverse:
         with torch.cuda.device_of(x):
             exp_map_bwd_kernel[grid](
                 dy, x, curv if scale is None else scale, curv, dx, partial, n, width, dy.stride(0), x.stride(0),
-                INVERSE=inverse, SCALED=scale is not None, **blocks,
+                INVERSE=inverse, SCALED=scale is not None, **blocks, **LAUNCH,
             )  # fmt: skip
     dscale, dcurv = partial.sum(1).unbind()
     return dx, dscale.clone(), dcurv.clone()
@@ -111,15 +110,14 @@ def compile_specs() -> list:
     from .specs import describe
 
     blocks = _blocks(512)
-    warps = blocks.pop("num_warps")
     found = []
     for inverse, label in ((False, "exp"), (True, "log")):
         constexprs = {"INVERSE": inverse, "SCALED": True, **blocks}
         forward_types = {"y_ptr": "*fp32"}
         found += [
             describe(f"exp_map_fwd[{label},bf16,512]", exp_map_fwd_kernel, constexprs, dtype="bf16",
-                     types=forward_types, num_warps=warps, outputs=TILE),
+                     types=forward_types, num_warps=WARPS, outputs=TILE),
             describe(f"exp_map_bwd[{label},bf16,512]", exp_map_bwd_kernel, constexprs, dtype="bf16",
-                     types={"dy_ptr": "*fp32"}, num_warps=warps, outputs=TILE),
+                     types={"dy_ptr": "*fp32"}, num_warps=WARPS, outputs=TILE),
         ]  # fmt: skip
     return found

@@ -17,6 +17,9 @@ from triton.language.extra.cuda import libdevice
 
 INTERPRET: bool = triton.knobs.runtime.interpret  # fixed when the kernels are imported
 
+WARPS = 4  # of a program, in the kernels of exp_map, distance, entailment and topk
+LAUNCH = {"num_warps": WARPS, "enable_fp_fusion": True}  # FMA keeps digits; its default differs between Tritons
+
 TINY = tl.constexpr(1.1754943508222875e-38)  # smallest normal fp32
 EXPONENT = tl.constexpr(0x7F800000)  # its bits
 FAR = tl.constexpr(16777216.0)  # beyond 2^24 the 1 in 1 + r^2 is below fp32 resolution
@@ -77,9 +80,7 @@ def shifted_time(r):
 def row_norm(u):
     """Euclidean norm of each row of a tile [R, D] -> [R], right from 1e-38 to 1e38."""
     peak = tl.maximum(tl.max(tl.abs(u), axis=1), TINY)
-    peak = (peak.to(tl.int32, bitcast=True) & EXPONENT).to(
-        tl.float32, bitcast=True
-    )  # a power of two: exact
+    peak = (peak.to(tl.int32, bitcast=True) & EXPONENT).to(tl.float32, bitcast=True)  # a power of two: exact
     u = u * (1.0 / peak)[:, None]
     return peak * tl.sqrt_rn(tl.sum(u * u, axis=1))
 

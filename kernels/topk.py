@@ -13,12 +13,11 @@ from torch import Tensor
 
 from .distance import gram_tile, row_norms
 from .entailment import tangent
-from .geometry import safe_inverse, shifted_time, unit_time
+from .geometry import LAUNCH, WARPS, safe_inverse, shifted_time, unit_time
 
 MAX_K = 64  # beyond, the sorting network spills
 BLOCK_M, BLOCK_K = 32, 32
 MIN_BLOCK_N = 64
-WARPS = 4
 PROGRAMS = 512  # enough to fill a large GPU; beyond, the gallery is not split further
 LAST = tl.constexpr(0x7FFFFFFF)
 
@@ -82,7 +81,7 @@ def candidates(x: Tensor, y: Tensor, k: int, curv: Tensor, min_radius: float | N
             topk_kernel[(rows, parts)](
                 x, y, row_norms(x), row_norms(y), curv, out, m, n, x.shape[1], x.stride(0), y.stride(0), per_part,
                 2.0 * (min_radius or 0.0), CONES=min_radius is not None, K=width,
-                BLOCK_M=BLOCK_M, BLOCK_N=block_n, BLOCK_K=BLOCK_K, num_warps=WARPS,
+                BLOCK_M=BLOCK_M, BLOCK_N=block_n, BLOCK_K=BLOCK_K, **LAUNCH,
             )  # fmt: skip
     return out
 
