@@ -191,7 +191,9 @@ def hardware(rows: Sequence[Row]) -> str:
     days = sorted({row["date"][:10] for row in rows})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     versions = ", ".join(f"{name} {newest[name]}" for name in ("torch", "triton", "python", "commit"))
-    return f"{when}; {newest['device']}, {newest['threads']} threads{driver}; {versions}."
+    loads = [float(row["clocks"].removeprefix("load ")) for row in rows if row["clocks"].startswith("load ")]
+    busy = f"; system load {min(loads):g} to {max(loads):g} while measuring" if loads else ""
+    return f"{when}; {newest['device']}, threads used {newest['threads']}{driver}; {versions}{busy}."
 
 
 def by_device_and_op(rows: Iterable[Row]) -> dict[str, dict[str, list[Row]]]:

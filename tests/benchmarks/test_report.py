@@ -11,7 +11,14 @@ PAGE = (
 
 def row(**changes: object) -> dict:
     figures = {"p20_ms": 1, "p50_ms": 2, "p80_ms": 3, "samples": 5, "tflop_per_s": 4, "extra_bytes": 5_000_000}
-    place = {"device": "EPYC (2 cores)", "threads": 2, "torch": "2.15", "commit": "abc", "date": "2026-01-02T03:04:05Z"}
+    place = {
+        "clocks": "load 1.5",
+        "device": "EPYC (2 cores)",
+        "threads": 2,
+        "torch": "2.15",
+        "commit": "abc",
+        "date": "2026-01-02T03:04:05Z",
+    }
     case = {"op": "contrastive_lorentz", "variant": "eager", "mode": "full", "rows": 4096, "columns": 4096, "dim": 512}
     return {**case, "dtype": "float32", "data": "clusters", "status": "ok", **figures, **place} | changes
 
@@ -53,7 +60,7 @@ def test_out_of_memory_and_hardware_are_shown(tmp_path):
     dead = row(status="out of memory", p20_ms="", p50_ms="", p80_ms="", tflop_per_s="", extra_bytes="")
     page, _ = write(tmp_path, dead, row(variant="chunked"))
     assert "| eager |  |  | out of memory |" in page
-    assert "2026-01-02; EPYC (2 cores), 2 threads; torch 2.15" in page
+    assert "2026-01-02; EPYC (2 cores), threads used 2; torch 2.15" in page
 
 
 def test_a_plot_needs_two_sizes(tmp_path):
