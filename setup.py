@@ -82,7 +82,11 @@ def packages() -> list[str]:
 setup(
     packages=packages(),
     package_dir={"meru_fast": "meru_fast", **MAPPED},
-    package_data={"meru_fast": ["py.typed", "assets/**/*", "evaluation/templates/*"], "meru_fast.configs": ["**/*"]},
+    package_data={
+        "meru_fast": ["py.typed", "assets/**/*", "evaluation/templates/*"],
+        "meru_fast.configs": ["**/*"],
+        "meru_fast.kernels": ["*.csv"],
+    },
     install_requires=TORCH + MODELS,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["meru-fast = meru_fast.cli:main"]},
