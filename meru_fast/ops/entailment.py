@@ -14,7 +14,8 @@ CHUNK = 1 << 22  # angles whose gradient is taken at a time
 def half_aperture(x: Tensor, curv: Scalar = 1.0, min_radius: float = 0.1, eps: float = 1e-8) -> Tensor:
     """Half aperture of the entailment cone at x (MERU eq. 7): [..., D] -> [...] fp32 (fp64 for fp64 inputs).
 
-    pi/2 with zero gradient inside the rim ``sqrt(curv) |x| <= 2 min_radius``; ``eps`` bounds the slope just outside.
+    pi/2 with zero gradient inside the rim ``sqrt(curv) |x| <= 2 min_radius``. Just outside the slope is bounded by
+    ``eps`` in the PyTorch path, and by the resolution of fp32, which is coarser than the default, in the kernel.
     """
     check_points(x)
     _check_cone(min_radius)
