@@ -42,13 +42,16 @@ class BatchedSolver:
     """Our L-BFGS: all costs of a round at once, on the device of the features."""
 
     name = "batched"
+    search_tolerance = 1e-4  # scikit-learn's default, here of a norm and so a little tighter
+    final_tolerance = 3e-6  # the solution, to one label in 1,000
 
     def __init__(self, train: Labelled, num_classes: int, max_iterations: int):
         self.problem = LogisticProblem(train.features, train.labels, num_classes)
         self.max_iterations = max_iterations
 
-    def fit(self, costs: Sequence[float], start: Fitted | None = None) -> list[Fitted]:
-        solution = self.problem.fit(costs, self.max_iterations, start=start.handle if start else None)
+    def fit(self, costs: Sequence[float], start: Fitted | None = None, final: bool = False) -> list[Fitted]:
+        tolerance = self.final_tolerance if final else self.search_tolerance
+        solution = self.problem.fit(costs, self.max_iterations, tolerance, start=start.handle if start else None)
         return [self._fitted(solution[index]) for index in range(len(costs))]
 
     @staticmethod
@@ -66,7 +69,7 @@ class SklearnSolver:
         self.features, self.labels = train.features.cpu().numpy(), train.labels.cpu().numpy()
         self.max_iterations = max_iterations
 
-    def fit(self, costs: Sequence[float], start: Fitted | None = None) -> list[Fitted]:
+    def fit(self, costs: Sequence[float], start: Fitted | None = None, final: bool = False) -> list[Fitted]:
         return [self._fitted(cost) for cost in costs]
 
     def _fitted(self, cost: float) -> Fitted:
@@ -137,7 +140,7 @@ def probe(
         try_costs([best_cost / factor, best_cost * factor])
         factor **= 0.5
     both = Labelled(torch.cat([train.features, val.features]), torch.cat([train.labels, val.labels]))
-    final = SOLVERS[solver](both, num_classes, max_iterations).fit([best_cost], best)[0]
+    final = SOLVERS[solver](both, num_classes, max_iterations).fit([best_cost], best, final=True)[0]
     advance(1)
     return accuracies(final.predict(test.features), test.labels, num_classes, prefix="lp_"), best_cost
 
