@@ -846,7 +846,7 @@ class TritonEngine:
         col_sum = left.time.new_empty(split.groups * (tiles.rows // 16), n_pad)
         col_top = left.time.new_empty(split.groups, col_tiles)
         row_gap, col_gap = left.time.new_empty(b_pad), left.time.new_empty(n_pad)
-        loss_parts = left.time.new_empty(-(-b // MERGE_ROWS) + col_tiles)
+        loss_parts = left.time.new_empty(b_pad // MERGE_ROWS + col_tiles)
         statistics = row_max, row_sum, col_top, col_sum
         tensors = *self._tensors(left, right, tiles), pair, pair if labels is None else labels, self.curv, self.scale
         options = self._options(left, has_pairs, labels, tiles)
@@ -856,7 +856,7 @@ class TritonEngine:
         )  # fmt: skip
         slices, lower = tiles.rows // 16, replace(tiles, rows=MERGE_ROWS)
         tensors = *self._tensors(left, right, lower), *tensors[6:]
-        merge_tiles = -(-b // lower.rows)
+        merge_tiles = b_pad // lower.rows
         merge_kernel[(merge_tiles + col_tiles,)](
             *tensors, *statistics, reference, reference if counts is None else counts, row_gap, col_gap, loss_parts,
             b, b_pad, n_pad, merge_tiles, col_tiles, split.groups, split.spans, loss_weight,
@@ -943,7 +943,15 @@ class TritonEngine:
             if expanded is not None:
                 targets = expanded[: len(x)], expanded[len(x) : len(x) + len(y)]
                 expand_kernel[((len(x) + len(y)) // options["ROWS"],)](
-                    x, left.scale[rows], y, right.scale[cols], *targets, len(x), KIND=self.kind, PARTS=depth, **options
+                    x,
+                    left.scale[rows],
+                    y,
+                    right.scale[cols],
+                    *targets,
+                    len(x),
+                    KIND=self.kind,
+                    PARTS=depth,
+                    **options | {"num_warps": 8},
                 )
                 x, y = targets
             weights, x, y = weights.chunk(parts, 1), x.split(d_pad, 1), y.split(d_pad, 1)
@@ -1157,13 +1165,16 @@ def _row_specs() -> "list[CompileSpec]":
             prepare_kernel, "contrastive,high", {"left": "*fp16", "right": "*fp16"}, rows | {"KIND": SPLIT}, None, None
         ),
         _spec(finish_kernel, "contrastive", {}, rows, None, None),
-        _spec(
-            expand_kernel,
-            "contrastive,high",
-            {"left": "*fp16", "right": "*fp16", "out_left": "*bf16", "out_right": "*bf16"},
-            {"KIND": SPLIT, "PARTS": 2, **options},
-            None,
-            None,
+        replace(
+            _spec(
+                expand_kernel,
+                "contrastive,high",
+                {"left": "*fp16", "right": "*fp16", "out_left": "*bf16", "out_right": "*bf16"},
+                {"KIND": SPLIT, "PARTS": 2, **options},
+                None,
+                None,
+            ),
+            num_warps=8,
         ),
         _spec(scalars_kernel, "contrastive", {}, {"LORENTZ": True, "BLOCK": 1024}, None, None),
     ]

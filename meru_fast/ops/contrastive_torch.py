@@ -298,12 +298,12 @@ class TorchEngine:
         """
         grad = torch.mul(measure, self.gain2, out=_view(buffer, measure.shape))
         other = _view(other_buffer, measure.shape)
-        row_total, col_total = row_logit + row_shift, col_logit + col_shift
-        top = row_total.max()
-        if _known(top - col_total.min() < SAFE_REBASE):
+        top = (row_logit + row_shift).argmax()
+        rebase = (row_logit[top] - col_logit) + (row_shift[top] - col_shift)
+        if _known(rebase.max() < SAFE_REBASE):
             grad.sub_(row_logit[:, None]).sub_(row_shift[:, None]).exp2_()
-            torch.mul(grad, (row_total - top).exp2_()[:, None], out=other)
-            return grad.addcmul_(other, (top - col_total).exp2_())
+            down = (row_logit - row_logit[top]) + (row_shift - row_shift[top])
+            return grad.addcmul_(torch.mul(grad, down.exp2_()[:, None], out=other), rebase.exp2_())
         torch.sub(grad, col_logit, out=other).sub_(col_shift).exp2_()
         return grad.sub_(row_logit[:, None]).sub_(row_shift[:, None]).exp2_().add_(other)
 
