@@ -27,7 +27,7 @@ def run(folder: Path, *arguments: str, status: int = 0, launcher: tuple[str, ...
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert run.returncode == status, run.stdout + run.stderr
     return run.stdout if status == 0 else run.stderr
