@@ -210,7 +210,8 @@ def make_writer(asynchronous: bool) -> Any:
 
         def save(self, state_dict: Any, path: str) -> None:
             try:
-                self._queue.append((snapshot(state_dict), path))
+                # Only what is written later needs a copy; it may be all that the host's memory can hold.
+                self._queue.append((snapshot(state_dict) if asynchronous else state_dict, path))
                 if not asynchronous:
                     self._write_queued()
             except (MemoryError, RuntimeError) as error:

@@ -94,7 +94,7 @@ def test_sigusr1_saves_and_sigterm_saves_and_stops(tmp_path):
 @pytest.mark.parametrize(
     "launcher",
     [
-        ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"],
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
         ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", str(launch.free_port())],
     ],
     ids=["torchrun", "deepspeed"],
