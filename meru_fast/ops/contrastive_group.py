@@ -63,14 +63,13 @@ def forward(engine: Any, image: Tensor, text: Tensor, name: str, ring: bool) -> 
     left, own, pair = engine.prepare(image, text, None)
     reference, wait_references = _gather([pair[1]], group)
     right, blocks = (own, _ring(own, group)) if ring else _gathered(own, group)
-    row_gap, col_gap = None, torch.empty_like(reference[0])
+    col_gap = torch.empty_like(reference[0])
+    cols, side = next(blocks)  # this rank's own texts, while the others are on their way
+    row_gap, col_gap[cols], _ = engine.forward(left, side, pair, pair[1], True, None, None, b, 1.0)
+    wait_references()
     for cols, side in blocks:
-        if row_gap is None:  # this rank's own texts, while the others are on their way
-            row_gap, col_gap[cols], _ = engine.forward(left, side, pair, pair[1], True, None, None, b, 1.0)
-            wait_references()
-        else:
-            part, col_gap[cols], _ = engine.forward(left, side, pair, reference[0][cols], False, None, None, b, 1.0)
-            row_gap = torch.logaddexp2(row_gap, part)
+        part, col_gap[cols], _ = engine.forward(left, side, pair, reference[0][cols], False, None, None, b, 1.0)
+        row_gap = torch.logaddexp2(row_gap, part)
     peak = col_gap.clone()
     dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
     local = (row_gap[:b] - 2 * pair[2, :b]).sum()
@@ -118,7 +117,15 @@ def _gather(tensors: Iterable[Tensor], group: dist.ProcessGroup) -> tuple[list[T
         result = tensor.new_empty((dist.get_world_size(group) * len(tensor), *tensor.shape[1:]))
         works.append(dist.all_gather_into_tensor(result, tensor.contiguous(), group=group, async_op=True))
         results.append(result)
-    return results, lambda: [work.wait() for work in works]
+    return results, _waiter(works)
+
+
+def _waiter(works: Iterable[Any]) -> Callable[[], None]:
+    def wait() -> None:
+        for work in works:
+            work.wait()
+
+    return wait
 
 
 def _gathered(own: Any, group: dist.ProcessGroup) -> tuple[Any, Iterator[tuple[slice, Any]]]:
@@ -178,7 +185,7 @@ def _joined(total: Any, grads: Any) -> Any:
 
 def _pass_on(
     tensors: Iterable[Tensor], group: dist.ProcessGroup, tag: int
-) -> tuple[list[Tensor], Callable[[], list[None]]]:
+) -> tuple[list[Tensor], Callable[[], None]]:
     """Send tensors to the next rank; the previous rank's, and what to call before they are read."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     after, before = (dist.get_global_rank(group, (rank + step) % world) for step in (1, -1))
@@ -188,8 +195,7 @@ def _pass_on(
     for index, (tensor, room) in enumerate(zip(tensors, arriving, strict=True)):
         operations.append(dist.P2POp(dist.isend, tensor, after, group, tag + index))
         operations.append(dist.P2POp(dist.irecv, room, before, group, tag + index))
-    works = dist.batch_isend_irecv(operations)
-    return arriving, lambda: [work.wait() for work in works]
+    return arriving, _waiter(dist.batch_isend_irecv(operations))
 
 
 def _ring(own: Any, group: dist.ProcessGroup) -> Iterator[tuple[slice, Any]]:
@@ -197,25 +203,26 @@ def _ring(own: Any, group: dist.ProcessGroup) -> Iterator[tuple[slice, Any]]:
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     rows, side = len(own.time), own
     for step in range(world):
-        last = step == world - 1
-        arriving, wait = (None, None) if last else _pass_on(side, group, tag=0)
         owner = (rank - step) % world
-        yield slice(owner * rows, (owner + 1) * rows), side
-        if not last:
-            wait()
-            side = type(own)(*arriving)
+        cols = slice(owner * rows, (owner + 1) * rows)
+        if step == world - 1:
+            yield cols, side
+            return
+        arriving, wait = _pass_on(side, group, tag=0)
+        yield cols, side
+        wait()
+        side = type(own)(*arriving)
 
 
 def _ring_backward(block: Callable[[slice, Any], Any], own: Any, group: dist.ProcessGroup) -> Any:
     """A block's text gradient follows it around the ring, one addition per rank, and comes home last."""
-    total, arriving, wait = None, None, None
-    for cols, side in _ring(own, group):
+    blocks = _ring(own, group)
+    total = block(*next(blocks))
+    arriving, wait = _pass_on([total.right], group, tag=8)
+    for cols, side in blocks:
         grads = block(cols, side)
         total = _joined(total, grads)
-        carried = grads.right
-        if wait is not None:
-            wait()
-            carried = carried.add_(arriving[0])
-        arriving, wait = _pass_on([carried], group, tag=8)
+        wait()
+        arriving, wait = _pass_on([grads.right.add_(arriving[0])], group, tag=8)
     wait()
     return total._replace(right=arriving[0])
