@@ -28,7 +28,7 @@ test: $(STAMP)  ## run the whole test suite
 	@echo "==> Lint and types"
 	@$(MAKE) --no-print-directory lint
 	@echo "==> Tests"
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)  ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -58,6 +58,7 @@ EXTRAS = {
         "pytest-benchmark>=5,<6",
         "pytest-cov>=5,<8",
         "pytest-timeout>=2.3,<3",
+        "pytest-xdist>=3.6,<4",
         "hypothesis>=6.100,<7",
         "mpmath>=1.3,<2",
         "scikit-image>=0.24,<1",

@@ -163,7 +163,7 @@ class TorchEngine:
                 _put(grad, grad.new_zeros(len(grad)), columns[rows] - cols.start)
             parts[0] += torch.dot(grad.view(-1), measure.view(-1))
             if self.lorentz:  # d arcosh(1 + delta) / d delta = 1 / root; coinciding points have no direction: 0
-                grad.div_(torch.nn.functional.threshold_(root, 0, math.inf))
+                grad.div_(torch.threshold_(root, 0, math.inf))
                 parts[1] += torch.dot(grad.view(-1), value.view(-1))
             left_grad[rows].addmm_(grad, y[cols])
             right_grad[cols].addmm_(grad.T, x[rows])
@@ -270,9 +270,10 @@ class TorchEngine:
         self, x: Tensor, y: Tensor, pair: Tensor, columns: Tensor | None, rows: slice, cols: slice, buffers: Tensor
     ) -> Tensor:
         value = self._tile_values(x, y, rows, cols, buffers[0])
-        if columns is not None:
-            _put(value, pair[0, rows], columns[rows] - cols.start)
-        return self._measure(value, buffers[1], buffers[2])[0].mul_(self.gain2)
+        logit = self._measure(value, buffers[1], buffers[2])[0].mul_(self.gain2)
+        if columns is not None:  # the very numbers that the statistics are relative to
+            _put(logit, pair[1, rows], columns[rows] - cols.start)
+        return logit
 
     def _measure(self, value: Tensor, buffer: Tensor, root_buffer: Tensor) -> tuple[Tensor, Tensor]:
         """``arcosh(1 + delta)`` and its ``sinh``; in cosine geometry the value itself."""
