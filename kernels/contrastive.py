@@ -1,7 +1,7 @@
 """Contrastive loss (hyperbolic or cosine): both directions from one pass over tiles of logits, memory O(B).
 
 Notation. ``A = 1 + a``, ``B = 1 + b``: time components on the unit hyperboloid. ``delta = a B + b - c <x, y>``, the
-argument of arcosh less 1; ``measure = log2(1 + delta + sqrt(delta (delta + 2)))``; ``logit = gain * measure``, in base 2,
+argument of arcosh less 1; ``measure = log2(1 + delta + sqrt(delta (delta + 2)))``; ``logit = gain * measure``, base 2,
 so that every exponential is one ``exp2``. In cosine geometry ``measure = <x, y>``. ``G = dL / dlogit``,
 ``W = dL / d delta``.
 
@@ -231,7 +231,7 @@ def prepare_kernel(
     LORENTZ: tl.constexpr, KIND: tl.constexpr, LABELS: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Operands and times of both sides; value, logit and rounding of the logit of the given pairs, ``pair`` [3, b_pad]."""
+    """Operands and times of both sides; value, logit and its rounding of the given pairs, ``pair`` [3, b_pad]."""
     start = tl.program_id(0) * ROWS
     c = tl.load(curv).to(tl.float32)
     if start < b_pad:
@@ -267,7 +267,8 @@ def _label_range(labels, rows, b, LABELS: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    left, right, row_time, col_time, row_scales, col_scales, pair, labels, curv, scale, row_max, row_sum, col_top, col_sum,
+    left, right, row_time, col_time, row_scales, col_scales, pair, labels, curv, scale,
+    row_max, row_sum, col_top, col_sum,
     b, b_pad, n_pad, row_tiles, col_tiles, groups, row_span, col_span,
     LORENTZ: tl.constexpr, KIND: tl.constexpr, PAIRS: tl.constexpr, LABELS: tl.constexpr, D_PAD: tl.constexpr,
     TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -361,7 +362,8 @@ def _column_statistics(
 
 @triton.jit
 def merge_kernel(
-    left, right, row_time, col_time, row_scales, col_scales, pair, labels, curv, scale, row_max, row_sum, col_top, col_sum,
+    left, right, row_time, col_time, row_scales, col_scales, pair, labels, curv, scale,
+    row_max, row_sum, col_top, col_sum,
     reference, counts, row_gap, col_gap, loss_parts,
     b, b_pad, n_pad, row_tiles, col_tiles, groups, spans, loss_weight,
     LORENTZ: tl.constexpr, KIND: tl.constexpr, PAIRS: tl.constexpr, LABELS: tl.constexpr, D_PAD: tl.constexpr,
@@ -385,7 +387,8 @@ def merge_kernel(
         total = tl.where(present, total, 1.0)
         if tl.min(total) < _LOST:
             peak, total = _column_statistics(
-                left, right, row_time, col_time, row_scales, col_scales, pair, labels, tl.load(curv).to(tl.float32), gain, b, program,
+                left, right, row_time, col_time, row_scales, col_scales, pair, labels,
+                tl.load(curv).to(tl.float32), gain, b, program,
                 row_tiles, LORENTZ, KIND, PAIRS, LABELS, D_PAD, TMA, BM, BN, BK,
             )  # fmt: skip
             total = tl.where(present, total, 1.0)
@@ -437,7 +440,8 @@ def _halves(tile):
 def weights_kernel(
     left, right, row_time, col_time, row_scales, col_scales, pair, labels, curv, scale,
     row_gap, col_gap, reference, weights, row_sums, col_sums, parts,
-    b, b_pad, n_pad, width, row_first, col_first, row_tiles, col_tiles, groups, row_span, col_span, programs, log_weight,
+    b, b_pad, n_pad, width, row_first, col_first, row_tiles, col_tiles, groups, row_span, col_span, programs,
+    log_weight,
     LORENTZ: tl.constexpr, KIND: tl.constexpr, PAIRS: tl.constexpr, LABELS: tl.constexpr, PARTS: tl.constexpr,
     D_PAD: tl.constexpr, TMA: tl.constexpr, HALVES: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -600,7 +604,7 @@ def finish_kernel(
     LORENTZ: tl.constexpr, LABELS: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the points: products, time terms and given pairs. With LABELS the pairs' text part goes to d_pair."""
+    """Gradients of the points: products, time terms, given pairs. With LABELS the pairs' text part goes to d_pair."""
     program = tl.program_id(0)
     k = tl.arange(0, BLOCK_D)
     inside_d = (k < D)[None, :]
@@ -721,7 +725,7 @@ def scalars_kernel(
 
 
 class Split(NamedTuple):
-    """How tiles are dealt to programs: ``groups`` runs of ``row_span`` row tiles, ``spans`` runs of ``col_span`` column tiles."""
+    """Shares of programs: ``groups`` runs of ``row_span`` row tiles, ``spans`` runs of ``col_span`` columns."""
 
     groups: int
     row_span: int
@@ -816,7 +820,7 @@ class TritonEngine:
             loss_weight: factor of the loss parts.
 
         Returns:
-            log-sum-exp less the pair's logit of rows ``[b_pad]``, less the reference of columns ``[n_pad]``, 0 for padding;
+            log-sum-exp less the pair's logit of rows ``[b_pad]``, less the reference of columns ``[n_pad]``, 0 padded;
             and parts whose sum is ``loss_weight`` times their sum.
         """
         key = len(left.time), len(right.time), left.matrix.shape[1], self.kind, self.lorentz
@@ -879,7 +883,7 @@ class TritonEngine:
     ) -> Gradients:
         """Gradients of one block by all pairs that are not given.
 
-        ``dL/dlogit = 2^(logit - row_lse - log_weight) + 2^(logit - col_lse - log_weight)``. A column that counts several times
+        ``dL/dlogit = 2^(logit - row_lse - log_weight) + 2^(logit - col_lse - log_weight)``. One counted several times
         has the base-2 logarithm of its count taken off ``col_gap``.
         """
         key = len(left.time), len(right.time), left.matrix.shape[1], self.kind, self.lorentz, self.weight_parts
@@ -977,7 +981,7 @@ class TritonEngine:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gradients of image, text, curv and scale (fp32, 0-dim). Two launches.
 
-        Everything that has one row per text is of this rank's own texts. ``half_weight``: 1 / (2 * pairs of the whole batch).
+        What has one row per text is of this rank's own texts. ``half_weight``: 1 / (2 * pairs of the whole batch).
         """
         image, text = _row_contiguous(image), _row_contiguous(text)
         (b, width), n = image.shape, len(text)

@@ -35,11 +35,11 @@ class CompileSpec:
         kernel: the ``@triton.jit`` function.
         signature: type of every run-time argument, e.g. ``{"x": "*fp32", "rows": "i32"}``.
         constexprs: value of every ``tl.constexpr`` argument.
-        divisible: run-time arguments known to be divisible by 16 (pointers, row strides); without this, vector loads and
+        divisible: run-time arguments known to be divisible by 16 (pointers, row strides); without it, vector loads and
             asynchronous copies are lost.
         num_warps: warps of a program.
         num_stages: depth of the software pipeline.
-        outputs: elements one program produces per pass through the kernel (logits of a tile), for instructions per output;
+        outputs: elements one program makes per pass through the kernel (logits of a tile), for instructions per output;
             0 where that says nothing.
         architectures: where it runs.
         maxnreg: register limit of a thread, None for the compiler's choice.
@@ -161,7 +161,7 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
 
 def read_table(path: Path = TABLE) -> dict[tuple[str, str], Resources]:
     """The stored table by (name, arch)."""
-    kinds = {name: kind for name, kind in Resources.__annotations__.items()}
+    kinds = dict(Resources.__annotations__)
     with path.open(newline="") as file:
         rows = [Resources(**{key: kinds[key](value) for key, value in row.items()}) for row in csv.DictReader(file)]
     return {(row.name, row.arch): row for row in rows}
@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
     """Command line; see the module's text."""
     parser = argparse.ArgumentParser(
         prog="python -m meru_fast.kernels.resources",
-        description="Compile every kernel offline and print registers, spills, shared memory, tensor-core instructions, "
+        description="Compile every kernel offline; print registers, spills, shared memory, tensor-core instructions, "
         "pipeline depth and SASS instructions per logit. Needs no GPU.",
     )
     parser.add_argument("--arch", choices=ARCHITECTURES, action="append", help="architecture, repeatable; default: all")

@@ -69,7 +69,7 @@ _tuned: dict[tuple, Tiles] = {}
 
 
 def candidates(kernel: str, device: torch.device) -> tuple[Tiles, ...]:
-    """Configurations of ``"forward"``, ``"weights"`` or ``"weights_highest"`` for a device, the frozen default first."""
+    """Configurations of ``"forward"``, ``"weights"`` or ``"weights_highest"`` for a device, the default first."""
     if device.type != "cuda":
         return (INTERPRETER,)
     major = torch.cuda.get_device_capability(device)[0]

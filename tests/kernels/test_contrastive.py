@@ -6,10 +6,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 from contrastive_reference import eager_loss, embeddings
+from meru_fast.kernels import contrastive as kernels
 from torch import Tensor
 
 from meru_fast import ops
-from meru_fast.kernels import contrastive as kernels
 
 ROUNDINGS = 1e-6  # eight roundings of fp32, relative to the natural size of a result
 
