@@ -883,8 +883,8 @@ class TritonEngine:
     ) -> Gradients:
         """Gradients of one block by all pairs that are not given.
 
-        ``dL/dlogit = 2^(logit - row_lse - log_weight) + 2^(logit - col_lse - log_weight)``. One counted several times
-        has the base-2 logarithm of its count taken off ``col_gap``.
+        ``dL/dlogit = 2^(logit - row_lse - log_weight) + 2^(logit - col_lse - log_weight)``.
+        A column that counts several times has the base-2 logarithm of its count taken off ``col_gap``.
         """
         key = len(left.time), len(right.time), left.matrix.shape[1], self.kind, self.lorentz, self.weight_parts
 
