@@ -53,11 +53,11 @@ def test_float32_errs_at_most_twice_what_pytorch_errs(kind: str, scale: float) -
     exact = gradients(eager_loss, [value.double() for value in inputs])
     plain = gradients(eager_loss, inputs)
     ours = gradients(ops.contrastive_loss, inputs)
-    for mine, torch_, truth, size in zip(
-        ours, plain, exact, [max(1, scale / 10), scale / 600, scale / 600, scale, 1.0], strict=True
-    ):
+    # the gradient of the scale is what is left of two sums of distances (0.03 of 0.4 here), the curvature's likewise
+    sizes = [max(1, scale / 10), scale / 600, scale / 600, 8 * scale, 8.0]
+    for mine, torch_, truth, size in zip(ours, plain, exact, sizes, strict=True):
         bound = (torch_.double() - truth).abs().max()
-        assert (mine.double() - truth).abs().max() <= 2 * bound + 4e-6 * max(size, truth.abs().max())
+        assert (mine.double() - truth).abs().max() <= 2 * bound + 1e-6 * max(size, truth.abs().max())
 
 
 def test_duplicates_at_scale_100_stay_finite() -> None:
