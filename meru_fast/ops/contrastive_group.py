@@ -183,9 +183,7 @@ def _joined(total: Any, grads: Any) -> Any:
     )
 
 
-def _pass_on(
-    tensors: Iterable[Tensor], group: dist.ProcessGroup, tag: int
-) -> tuple[list[Tensor], Callable[[], None]]:
+def _pass_on(tensors: Iterable[Tensor], group: dist.ProcessGroup, tag: int) -> tuple[list[Tensor], Callable[[], None]]:
     """Send tensors to the next rank; the previous rank's, and what to call before they are read."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     after, before = (dist.get_global_rank(group, (rank + step) % world) for step in (1, -1))

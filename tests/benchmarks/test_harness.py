@@ -1,5 +1,6 @@
 """The benchmark harness: what it measures is what it says, and every outcome becomes a row."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -156,7 +157,9 @@ def test_a_foreign_csv_is_refused(tmp_path):
 def test_every_op_of_the_suite_runs(tmp_path):
     """`pytest benchmarks/ --smoke` from another folder: each op, each variant that can run here, each mode."""
     command = [sys.executable, "-m", "pytest", str(ROOT / "benchmarks"), "--smoke", "-q", "-p", "no:cacheprovider"]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    command += ["-p", "no:xdist"]  # beside which pytest-benchmark measures nothing
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=env)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
     for op in ("exp_map0", "pairwise_dist", "contrastive_lorentz", "entailment_loss", "topk", "meru_loss"):
         assert f"test_{op}[" in run.stdout
