@@ -69,12 +69,12 @@ def state_bytes(parameters: int, trainable: int, stage: int, world_size: int, pr
     """Bytes of model state per process under ZeRO with AdamW, activations not counted.
 
     "weights" as the forward pass uses them, "gradients", and "optimizer": both moments and, where the optimiser updates
-    a copy (ZeRO 1-3, half precision), that copy in fp32. Stage 1 shares out the optimiser, 2 the gradients too, 3 the
-    weights too.
+    a copy (half precision, ZeRO 1 and 2, ZeRO 3 without autocast), that copy in fp32. Stage 1 shares out the optimiser,
+    2 the gradients too, 3 the weights too.
     """
     half = precision in ("fp16", "bf16")
     width = 2 if half else 4
-    master = 4 if half or stage in (1, 2) else 0
+    master = 4 if half or stage in (1, 2) or (stage == 3 and precision == "fp32") else 0
     split = [1 / world_size if stage >= level else 1.0 for level in (3, 2, 1)]
     return {
         "weights": width * parameters * split[0],

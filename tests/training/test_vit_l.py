@@ -13,14 +13,18 @@ from meru_fast.training.checkpoints import verify
 
 PARAMETERS = 367_254_020
 
-#: Interpreter, torch, DeepSpeed and activations at batch 2, in GB; what is above the model states.
-BESIDE = 3.5
+# GB that may come on top of the model states: interpreter, torch, DeepSpeed, activations at batch 2. ZeRO 3 adds its
+# communication buckets (2 GB each), and offloading a second home of gradients: on a CPU both sides are the same memory.
+BESIDE, BESIDE_OFFLOADED = 3.5, 7.0
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize(("stage", "ds_config"), [(1, []), (3, ["--deepspeed_config", "cpu_offload.json"])])
-def test_vit_l_trains_at_batch_2(tmp_path, stage, ds_config):
+@pytest.mark.parametrize(
+    ("stage", "ds_config", "beside"),
+    [(1, [], BESIDE), (3, ["--deepspeed_config", "cpu_offload.json"], BESIDE_OFFLOADED)],
+)
+def test_vit_l_trains_at_batch_2(tmp_path, stage, ds_config, beside):
     overrides = (
         "dataset.shards=synthetic",
         "train.total_batch_size=2",
@@ -36,7 +40,7 @@ def test_vit_l_trains_at_batch_2(tmp_path, stage, ds_config):
     estimate = sum(report.state_bytes(PARAMETERS, PARAMETERS, stage, 1, "fp32").values()) / 1e9
     measured = max(float(row["memory_gb"]) for row in rows)
     print(f"stage {stage}: estimate {estimate:.2f} GB of model states, {measured:.2f} GB resident")
-    assert estimate < measured < estimate + BESIDE
+    assert estimate < measured < estimate + beside
 
     step = tmp_path / "checkpoints" / "step_00000002"
     verify(step)
