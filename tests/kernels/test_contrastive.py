@@ -86,8 +86,8 @@ def test_contract(case: tuple, device: torch.device) -> None:
                 # a coinciding negative pair: its delta is a rounding error, its distance the root of one
                 allowed += math.sqrt(2.0**-22) * norm / rows * (scale if position == 0 else 1.0)
             if precision == "high" and position in (1, 2):
-                # cosine geometry has no sums of rounded weights yet: near-duplicates keep 8e-3, everything else 4e-3
-                limit = 8e-3 if (kind, geometry) == ("twins", "cosine") else 4e-3
+                # cosine geometry has no sums of rounded weights yet: near-duplicates keep 1.2e-2, all else 4e-3
+                limit = 1.2e-2 if (kind, geometry) == ("twins", "cosine") else 4e-3
                 assert_unbiased_bf16(ours[position].double(), exact[position], allowed, limit)
             elif precision == "medium":
                 coarse = error(half)[position]
