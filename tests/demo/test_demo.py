@@ -41,7 +41,12 @@ def test_an_interrupted_demo_goes_on_and_an_untrained_model_is_refused(tmp_path)
     overrides = ("train.num_iterations=24", "train.log_period=1", "train.checkpoint_period=4")
     overrides += ("optim.lr_scheduler.warmup_steps=2",)
     first = subprocess.Popen(
-        command(folder, *overrides), stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=tmp_path
+        command(folder, *overrides),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's children ignore it
     )
     deadline = time.monotonic() + 400
     while len(logged_steps(folder)) < 10 and time.monotonic() < deadline and first.poll() is None:
