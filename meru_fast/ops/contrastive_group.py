@@ -11,13 +11,19 @@ passes them on while it computes; in the backward pass a block travels together 
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
+
+# Its functions take the default group of the moment of import as a default argument. torch._dynamo imports it at the
+# first call of a custom operator; imported before there is a group, it does not keep one alive for ever: a group that
+# lives at the interpreter's end has threads that abort the process there.
+import torch.distributed.nn
 from torch import Tensor
 
 LN2 = 0.6931471805599453
-_GROUPS: dict[str, dist.ProcessGroup] = {}
+_GROUPS: WeakValueDictionary[str, dist.ProcessGroup] = WeakValueDictionary()
 
 
 class Forward(NamedTuple):
