@@ -23,7 +23,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -118,7 +118,7 @@ def newest_first(root: Path) -> list[Path]:
 
 
 def step_of(folder: Path) -> int:
-    return int(_STEP.fullmatch(folder.name).group(1))
+    return int(folder.name.removeprefix("step_"))
 
 
 def find(resume: str | None, output_dir: Path) -> Path | None:
@@ -251,7 +251,7 @@ def write_durably(path: str | os.PathLike, state: Any) -> dict[str, Any]:
         if isinstance(state, str):
             hashing.write(state.encode())
         else:
-            torch.save(state, hashing)
+            torch.save(state, cast(IO[bytes], hashing))
         file.flush()
         os.fsync(file.fileno())
     return {"bytes": hashing.size, "sha256": hashing.digest.hexdigest()}
@@ -277,8 +277,8 @@ def snapshot(state: Any) -> Any:
     if isinstance(state, Tensor):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, Mapping):
-        copied = {key: snapshot(value) for key, value in state.items()}
-        return copied if type(state) is dict else type(state)(copied)
+        kind: Any = type(state)
+        return kind({key: snapshot(value) for key, value in state.items()})
     if isinstance(state, tuple) and hasattr(state, "_fields"):
         return type(state)(*map(snapshot, state))
     if isinstance(state, (list, tuple)):
@@ -344,6 +344,7 @@ class Checkpoints:
 
     def publish(self) -> bool:
         """Make the pending checkpoint, written by all ranks, the newest. If that fails, warn and remove it."""
+        assert self.pending is not None, "publish() without save()"
         step, self.pending = self.pending, None
         parts = all_gather_object((self.writer.files, self.writer.error))
         errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(parts) if error]
@@ -455,14 +456,11 @@ class Checkpoints:
             fault = convert(folder, converted)
         if fault := broadcast_object(fault):
             raise CheckpointError(f"{folder}: conversion to {get_world_size()} processes failed:\n{fault}")
-        self.engine.deepspeed._config.load_universal_checkpoint = True
-        try:
-            self._load(converted)
-        finally:
-            self.engine.deepspeed._config.load_universal_checkpoint = False
-            barrier()
-            if is_main_process():
-                shutil.rmtree(converted, ignore_errors=True)
+        with self.engine.loading_universal():
+            self._load(converted)  # a rank that fails here ends at once: the others may wait for it in DeepSpeed
+        barrier()
+        if is_main_process():
+            shutil.rmtree(converted, ignore_errors=True)
 
 
 def convert(folder: Path, converted: Path) -> str | None:

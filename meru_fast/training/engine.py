@@ -5,8 +5,8 @@ Everything that touches the inside of DeepSpeed is in this file.
 
 import datetime
 import logging
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,7 +73,7 @@ class Engine:
             UNIVERSAL_CHECKPOINT_VERSION_VALUE,
         )
 
-        self.model = model
+        self.model: Any = model
         self.config = config
         self.stage = zero_stage(config)
         self.precision = precision(config)
@@ -197,7 +197,8 @@ class Engine:
     ) -> Tensor:
         """A loss whose gradient at the towers is what the cached gradients at their features imply."""
         left = [*(x.float() for x in self._encode(images, tokens)), *self._scalars()]
-        return sum((x * g).sum() for x, g in zip(left, [*feature_gradients, *scalar_gradients], strict=True))
+        right = [*feature_gradients, *scalar_gradients]
+        return torch.stack([(x * g).sum() for x, g in zip(left, right, strict=True)]).sum()
 
     def _scalars(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters(recurse=False) if p.requires_grad]
@@ -277,6 +278,16 @@ class Engine:
 
         return deepspeed.zero.GatheredParameters(list(self.model.parameters(recurse=False)))
 
+    @contextmanager
+    def loading_universal(self) -> Iterator[None]:
+        """While ``load_checkpoint`` of DeepSpeed gets a universal checkpoint."""
+        with _empty_fragments(self.deepspeed.optimizer):
+            self.deepspeed._config.load_universal_checkpoint = True
+            try:
+                yield
+            finally:
+                self.deepspeed._config.load_universal_checkpoint = False
+
     def close(self) -> None:
         self.deepspeed.destroy()
 
@@ -299,7 +310,7 @@ def _host_optimizer(optimizer: torch.optim.Optimizer, config: dict[str, Any]) ->
     return DeepSpeedCPUAdam(optimizer.param_groups, **{key: optimizer.defaults[key] for key in ("lr", "betas", "eps")})
 
 
-def _zero_copies(parameter: nn.Parameter) -> Sequence[Tensor]:
+def _zero_copies(parameter: Any) -> Sequence[Tensor]:
     """This rank's copies of `parameter` beside the one in the model."""
     if hasattr(parameter, "ds_id"):  # stage 3: the partition and its fp32 master
         if not parameter.requires_grad:
@@ -310,9 +321,32 @@ def _zero_copies(parameter: nn.Parameter) -> Sequence[Tensor]:
     return [mapping.get_hp_fragment()] if mapping is not None else []
 
 
+@contextmanager
+def _empty_fragments(optimizer: Any) -> Iterator[None]:
+    """ZeRO 1 and 2: a fragment of no elements for each group of which this rank holds nothing but padding.
+
+    Of four scalars shared by three ranks the last one has none; DeepSpeed takes the group's step counter from the first
+    parameter with a fragment, and fails where there is none (0.19.8, load_hp_checkpoint_state_from_checkpoint_dir).
+    """
+    from deepspeed.utils.tensor_fragment import fragment_address, tensor_fragment
+
+    helped = []
+    for index, group in enumerate(getattr(optimizer, "bit16_groups", [])):
+        if all(parameter._hp_mapping is None for parameter in group):
+            nothing, nowhere = optimizer.single_partition_of_fp32_groups[index][:0], fragment_address(0, 0)
+            group[0]._hp_mapping = tensor_fragment(nothing, nowhere, nothing, nowhere, {}, {}, False, index)
+            helped.append(group[0])
+    try:
+        yield
+    finally:
+        for parameter in helped:
+            parameter._hp_mapping = None
+
+
 @torch.no_grad()
 def _zero_padding(model: nn.Module) -> None:
     """ZeRO 3 leaves the elements beyond a parameter's end, in the last rank's partition, to whatever memory held."""
+    parameter: Any
     for parameter in model.parameters():
         if hasattr(parameter, "ds_id"):
             real = parameter.ds_numel - get_rank() * parameter.partition_numel()

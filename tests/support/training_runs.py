@@ -50,19 +50,16 @@ def run(
     timeout: float = 240,
     config_file: Path | str = TINY,
     threads: int = 1,
+    **variables: str,
 ) -> str:
     """Run to the end, check the exit status, return everything it printed."""
-    done = subprocess.run(
-        command(output_dir, *arguments, processes=processes, config_file=config_file),
-        env=environment(OMP_NUM_THREADS=str(threads)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    assert done.returncode == status, done.stdout[-4000:]
-    return done.stdout
+    running = start(output_dir, *arguments, processes=processes, config_file=config_file, threads=threads, **variables)
+    try:
+        output = running.communicate(timeout=timeout)[0]
+    finally:
+        kill_all(running)  # ranks that hang must not outlive the test
+    assert running.returncode == status, output[-4000:]
+    return output
 
 
 def metrics(output_dir: Path) -> list[dict[str, str]]:
@@ -116,11 +113,18 @@ def forget_after(output_dir: Path, step: int) -> None:
     (output_dir / "checkpoints" / "latest").write_text(f"step_{step:08d}")
 
 
-def start(output_dir: Path, *arguments: str, processes: int = 1) -> subprocess.Popen:
-    """A run in the background, in a process group of its own."""
+def start(
+    output_dir: Path,
+    *arguments: str,
+    processes: int = 1,
+    config_file: Path | str = TINY,
+    threads: int = 1,
+    **variables: str,
+) -> subprocess.Popen:
+    """A run in the background, in a process group of its own, with these environment `variables`."""
     return subprocess.Popen(
-        command(output_dir, *arguments, processes=processes),
-        env=environment(),
+        command(output_dir, *arguments, processes=processes, config_file=config_file),
+        env=environment(OMP_NUM_THREADS=str(threads), **variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

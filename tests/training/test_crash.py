@@ -13,6 +13,7 @@ from training_runs import (
     kill_all,
     metrics,
     run,
+    run_here,
     start,
     wait_for_step,
 )
@@ -59,6 +60,12 @@ def resume_with(folder: Path, uninterrupted: Path, processes: int, *overrides: s
 
 def test_one_process_continues_a_run_of_two(tmp_path, uninterrupted):
     resume_with(tmp_path, uninterrupted, 1, "train.zero_stage=3")
+
+
+def test_three_processes_continue_a_run_of_one(tmp_path):
+    """The last rank's share of the learnable scalars is nothing but padding."""
+    assert run_here(tmp_path / "one", *SAVES, "train.zero_stage=2") == 0
+    resume_with(tmp_path / "three", tmp_path / "one", 3, "train.zero_stage=2")
 
 
 @pytest.mark.slow
