@@ -3,6 +3,7 @@
 import csv
 import logging
 import os
+import secrets
 import sys
 import time
 from collections.abc import Mapping
@@ -151,10 +152,10 @@ def _start_wandb(project: str, output_dir: Path, config: Any) -> Any:
         raise ConfigError(f"train.wandb={project}: the wandb package is not installed (pip install wandb)") from error
     from omegaconf import OmegaConf
 
-    identity = output_dir / "wandb_id"
+    identity = output_dir / "wandb_id"  # a resumed run goes on in the same curves
     if not identity.is_file():
-        identity.write_text(wandb.util.generate_id(), encoding="utf-8")
-    settings = OmegaConf.to_container(config, resolve=True)
+        identity.write_text(secrets.token_hex(4), encoding="utf-8")
+    settings: Any = OmegaConf.to_container(config, resolve=True)
     return wandb.init(
         project=project, id=identity.read_text(encoding="utf-8"), dir=str(output_dir), config=settings, resume="allow"
     )

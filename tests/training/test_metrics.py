@@ -1,11 +1,15 @@
 """The files that curves are drawn from, and the line on the terminal."""
 
 import csv
+import json
 import os
 import pty
+import struct
 import subprocess
+from pathlib import Path
 
-from training_runs import command, environment
+from training_runs import command, environment, metrics, run
+from wandb.proto.wandb_internal_pb2 import Record
 
 from meru_fast.training.metrics import CsvLog, describe
 
@@ -69,3 +73,40 @@ def test_terminal_gets_a_bar_that_stays_in_place(tmp_path):
     assert "img/s" in text
     assert "\x1b[" in text
     assert "img/s" in (tmp_path / "logs" / "rank0.log").read_text()
+
+
+def wandb_records(file: Path) -> list[Record]:
+    """What an offline run of Weights & Biases wrote: a header of 7 bytes, then LevelDB's log format."""
+    data, place, record, found = file.read_bytes(), 7, b"", []
+    while place < len(data):
+        if 32768 - place % 32768 < 7:  # no header fits into what is left of the block
+            place += 32768 - place % 32768
+            continue
+        length, kind = struct.unpack_from("<HB", data, place + 4)
+        record += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            found.append(Record.FromString(record))
+            record = b""
+    return found
+
+
+def test_wandb_gets_the_same_numbers_and_the_config(tmp_path):
+    """The real package, offline: no account and no network."""
+    run(tmp_path, "train.wandb=meru", WANDB_MODE="offline", WANDB_SILENT="true")
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert file.stem == f"run-{(tmp_path / 'wandb_id').read_text()}"
+    records = wandb_records(file)
+    rows = [
+        {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+        for record in records
+        if record.HasField("history")
+    ]
+    for row, expected in zip(rows, metrics(tmp_path), strict=True):
+        assert row["_step"] == int(expected["step"])
+        for name in ("loss", "curv", "lr", "grad_norm"):
+            assert row[f"train/{name}"] == float(expected[name])
+    (begun,) = (record.run for record in records if record.HasField("run"))
+    assert begun.project == "meru"
+    settings = {item.key: json.loads(item.value_json) for item in begun.config.update}
+    assert settings["train"]["total_batch_size"] == 12
