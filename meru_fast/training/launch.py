@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from omegaconf import DictConfig
 
@@ -79,7 +79,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run the trainer, or start the processes that do. Returns the exit status.
 
-    Faults of the user's files and of the numbers become one line; the traceback is in the rank's log file.
+    Raises:
+        SystemExit: after one line about a fault of the user's files (status 2) or of the numbers (3). Its context is
+            the fault itself, for `meru-fast --debug`; of a run that had started, the traceback is in logs/rank*.log.
     """
     from meru_fast.config import ConfigError
     from meru_fast.data.errors import DataError
@@ -92,11 +94,15 @@ def main(argv: list[str] | None = None) -> int:
             return start_processes(args, sys.argv[1:] if argv is None else list(argv))
         return run(args, place or Place.alone())
     except ConfigError as error:
-        if place is None or place.rank == 0:  # all ranks found the same
-            print(f"error: {error}", file=sys.stderr)
+        _exit(str(error), tells=place is None or place.rank == 0)  # all ranks found the same
     except DataError as error:
-        print(f"error: {f'rank {place.rank}: ' if place else ''}{error}", file=sys.stderr)
-    return 2
+        _exit(f"rank {place.rank}: {error}" if place else str(error))
+
+
+def _exit(fault: str, status: int = 2, tells: bool = True) -> NoReturn:
+    if tells:
+        print(f"error: {fault}", file=sys.stderr)
+    sys.exit(status)
 
 
 def run(args: argparse.Namespace, place: "Place") -> int:
@@ -115,12 +121,9 @@ def run(args: argparse.Namespace, place: "Place") -> int:
         with process_environment(place):
             return train(cfg, args.output_dir, ds_config=ds_config, resume=args.resume)
     except NonFiniteError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_NONFINITE
+        _exit(str(error), EXIT_NONFINITE)
     except CheckpointError as error:
-        if place.rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+        _exit(str(error), tells=place.rank == 0)
 
 
 def _read_configs(args: argparse.Namespace) -> tuple[DictConfig, dict[str, Any]]:
@@ -168,7 +171,7 @@ class Place:
                 int(env["SLURM_PROCID"]),
                 int(env["SLURM_NTASKS"]),
                 int(env.get("SLURM_LOCALID", "0")),
-                int(re.match(r"\d+", env.get("SLURM_NTASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "1"))).group()),
+                int(re.split(r"\D", env.get("SLURM_NTASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "1")))[0]),
                 env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))),
                 int(env.get("MASTER_PORT", 10_000 + job % 50_000)),
             )

@@ -10,7 +10,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_runs import TINY, history, metrics, run_here
 
-from meru_fast import config
+from meru_fast import cli, config
 from meru_fast.checkpoint import load_weights
 from meru_fast.config import ConfigError
 from meru_fast.training import deepspeed_config, launch
@@ -236,7 +236,19 @@ def test_dry_run_builds_nothing(tmp_path, capsys):
     ],
 )
 def test_errors_are_one_line(tmp_path, capsys, arguments, message):
-    assert launch.main(["--config", str(TINY), "--output-dir", str(tmp_path / "none"), *arguments]) == 2
+    with pytest.raises(SystemExit) as stop:
+        launch.main(["--config", str(TINY), "--output-dir", str(tmp_path / "none"), *arguments])
+    assert stop.value.code == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert message in lines[0]
+
+
+def test_debug_shows_where_an_error_came_from(tmp_path, capsys):
+    arguments = ["train", "--config", str(TINY), "--output-dir", str(tmp_path), "train.zero_stage=7"]
+    assert cli.main(arguments) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert cli.main(["--debug", *arguments]) == 2
+    shown = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in shown
+    assert "ConfigError: train.zero_stage=7" in shown
