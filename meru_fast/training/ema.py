@@ -22,6 +22,9 @@ class WeightAverage:
 
     def __init__(self, engine: Engine, decay: float):
         self.engine, self.decay = engine, decay
+        self._start()
+
+    def _start(self) -> None:
         self.updates = 0
         weights = self._weights()
         self.average = {name: value.clone() for name, value in weights.items()} if is_main_process() else {}
@@ -47,7 +50,7 @@ class WeightAverage:
         """From a checkpoint that has one; else the average starts from the weights now."""
         path = folder / EMA_FILE
         if not path.is_file():
-            self.__init__(self.engine, self.decay)
+            self._start()
             return
         saved = torch.load(path, map_location="cpu", weights_only=True)
         self.updates = saved["updates"]

@@ -130,7 +130,7 @@ class Agreement:
 
     def __init__(self) -> None:
         several = get_world_size() > 1
-        self.group = dist.new_group(backend="gloo") if several and dist.get_backend() != "gloo" else None
+        self.group: Any = dist.new_group(backend="gloo") if several and dist.get_backend() != "gloo" else None
 
     def any(self, *answers: bool) -> list[bool]:
         if get_world_size() == 1:

@@ -201,8 +201,8 @@ class Run:
         self.alarms = Alarms()
         self.requests = Requests()
         self.agreement = Agreement()
-        self.evaluator = None
-        if settings.eval_period:
+        self.evaluator: Any = None
+        if settings.eval_period and settings.eval_config:
             self.evaluator = instantiate(configs.load(settings.eval_config, settings.eval_overrides).evaluator)
 
     # --- state -------------------------------------------------------------------------------------------------

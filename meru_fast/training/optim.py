@@ -71,7 +71,9 @@ def build_optimizer(
     if not groups:
         raise ConfigError("the model has no trainable parameter (train.freeze matches all of them?)")
     on_gpu = all(parameter.is_cuda for group in groups for parameter in group["params"])
-    return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=on_gpu)
+    return torch.optim.AdamW(
+        groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay, fused=on_gpu
+    )
 
 
 class LinearWarmupCosineDecayLR(torch.optim.lr_scheduler.LambdaLR):

@@ -70,7 +70,7 @@ class Watchdog:
             f"stacks of all threads follow and in {self.stacks}; this process ends with status {EXIT_STATUS}"
         )
         log.critical(message)
-        faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+        faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
         with self.stacks.open("a", encoding="utf-8") as file:
             file.write(message + "\n")
             file.flush()
