@@ -31,7 +31,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
         "sys.exit(f'{status} {heavy}' if status or heavy else 0)"
     )
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert time.perf_counter() - began < 5
     for name, (text, _) in cli.COMMANDS.items():

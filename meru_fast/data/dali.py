@@ -2,7 +2,7 @@
 
 DALI gets bytes that our index found and windows that we drew, so nothing of order, randomness or resuming depends on
 it. The workers hand it only complete JPEGs in grey or RGB (`dataset._is_plain_jpeg`). Should one still fail, DALI loses
-the whole batch; that batch is then decoded by Pillow, which only the broken sample itself can fail.
+the whole batch: its images are then decoded one at a time, and those that fail alone too go to Pillow.
 """
 
 import logging
@@ -121,10 +121,8 @@ class DaliStage(DeviceStage):
             return by_pillow
         try:
             decoded = self.decoder.finish()
-        except BadSampleError as error:
-            self.fallbacks += 1
-            log.warning("step %d: decoding this batch on the CPU, for one of its images failed (%s)", batch.step, error)
-            decoded = self._with_pillow(batch, batch.encoded)
+        except BadSampleError:
+            decoded = self._one_by_one(batch, batch.encoded)
         if len(decoded) == len(batch.keys):
             return decoded
         images = torch.empty((len(batch.keys), *decoded.shape[1:]), dtype=torch.uint8, device=self.device)
@@ -135,13 +133,22 @@ class DaliStage(DeviceStage):
     def report(self) -> dict[str, int]:
         return {"dali_fallbacks": self.fallbacks}
 
-    def _with_pillow(self, batch: LocalBatch, encoded: Encoded) -> Tensor:
+    def _one_by_one(self, batch: LocalBatch, encoded: Encoded) -> Tensor:
         pixels = []
         for row, file, window in zip(encoded.rows, encoded.files(), encoded.windows, strict=True):
             try:
-                image = decode.open_image(file.numpy().tobytes())
-                pixels.append(decode.crop_and_resize(image, window, self.dataset.image_size))
+                self.decoder.start([file], [window])
+                pixels.append(self.decoder.finish()[0])
             except BadSampleError as error:
-                pixels.append(self.dataset.replacement(batch, row, str(error)))
+                self.fallbacks += 1
+                log.warning("step %d: Pillow decodes %s, for %s", batch.step, batch.keys[row], error)
+                pixels.append(self._with_pillow(batch, row, file, window).to(self.device))
         batch.tokens = batch.tokens.to(self.device)
-        return torch.stack(pixels).to(self.device)
+        return torch.stack(pixels)
+
+    def _with_pillow(self, batch: LocalBatch, row: int, file: Tensor, window: Window) -> Tensor:
+        try:
+            image = decode.open_image(file.numpy().tobytes())
+            return decode.crop_and_resize(image, window, self.dataset.image_size)
+        except BadSampleError as error:
+            return self.dataset.replacement(batch, row, str(error))

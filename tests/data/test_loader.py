@@ -179,6 +179,7 @@ def defects():
         "zero": (b"", text),
         "html": (b"<html>404</html>", text),
         "header": (jpeg[: jpeg.index(b"\xff\xda")] + b"\xff\xd9", text),  # looks complete, until DALI decodes it
+        "tables": (jpeg[:2] + jpeg[jpeg.index(b"\xff\xc0") :], text),  # likewise: the quantisation tables are missing
         "nojson": (jpeg, None),
         "badjson": (jpeg, b'{"caption": '),
         "nocaption": (jpeg, b'{"subreddit": "cats"}'),
@@ -240,13 +241,7 @@ def test_bad_samples_are_counted_logged_once_and_replaced(bad_shards, decoder, c
         part = build_loader(bad_shards, rank=rank, world_size=2, num_workers=0, **options)
         part.load_state_dict({**part.state_dict(), "step": 2})
         rows |= content(take(part, 7))
-    if decoder == "pil":
-        assert same(rows, content(batches[2:]))
-    else:  # a batch that fell back has Pillow's pixels, and which batches do depends on the ranks
-        expected = content(batches[2:])
-        assert rows.keys() == expected.keys()
-        assert all((rows[key][0].float() - expected[key][0]).abs().mean() < 1 for key in rows)
-        assert all(rows[key][1] == expected[key][1] for key in rows)
+    assert same(rows, content(batches[2:]))
 
 
 def test_too_many_bad_samples_end_the_run_with_a_summary(bad_shards):
@@ -288,7 +283,7 @@ def test_killed_worker_is_reported_by_name(shards):
         DataError, match=rf"loader worker 1 \(pid {pid}\) died \(SIGKILL.*sample k\d+ of .*shard_\d+\.tar"
     ):
         exhaust(batches)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60
     assert len(take(loader, 1)) == 1  # a caller that wants to can go on
 
 
@@ -317,7 +312,7 @@ sys.stdin.read()
     assert len(pids) == 2
     trainer.kill()
     trainer.wait()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline and any(os.path.exists(f"/proc/{pid}") for pid in pids):
         time.sleep(0.1)
     assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
@@ -331,11 +326,12 @@ loader = build_loader({str(shards)!r}, batch_size=24, num_workers=2, image_size=
 batches = iter(loader)
 next(batches)
 pids = loader._workers.pids()
-os.kill(pids[0], signal.SIGSTOP)
 os.kill(pids[1], signal.SIGTERM)  # as a scheduler's warning to all processes of a job
-next(batches)
+for _ in range(4):
+    next(batches)
+os.kill(pids[0], signal.SIGSTOP)
 """
-    subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
+    subprocess.run([sys.executable, "-c", code], timeout=120, check=True)
 
 
 def test_more_workers_than_shards_and_batches(tmp_path):
