@@ -36,6 +36,7 @@ from meru_fast.data import shards as shard_files
 from meru_fast.data.errors import DataError
 from meru_fast.data.progress import progress_bar
 from meru_fast.data.remote import cache_folder
+from meru_fast.data.tar import regular_members
 
 VERSION = 1
 FOLDER = ".meru_index"
@@ -141,10 +142,8 @@ def _members(file, path: str, entry: ShardEntry) -> Iterator[tuple[str, int, int
     if magic.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")):
         raise DataError(f"shard {path} is compressed, so its samples cannot be addressed: decompress it")
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                if member.isreg():
-                    yield member.name, member.offset_data, member.size
+        for member in regular_members(file):
+            yield member.name, member.offset_data, member.size
     except tarfile.TarError as error:
         entry.fault = f"truncated or damaged TAR: {error}"
     if size % BLOCK and not entry.fault:
@@ -198,8 +197,8 @@ def _text_kind(group: _Group, file) -> str:
     offset, size = group.members["json"]
     file.seek(offset)
     try:
-        has_caption = isinstance(json.loads(file.read(size)).get("caption"), str)
-    except (ValueError, AttributeError):
+        has_caption = isinstance(json.loads(file.read(min(size, MAX_MEMBER))).get("caption"), str)
+    except (ValueError, AttributeError, RecursionError):
         has_caption = False
     return "json" if has_caption else "txt"
 

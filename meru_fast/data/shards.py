@@ -4,6 +4,7 @@ import glob
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from meru_fast.data.errors import DataError
 
@@ -74,9 +75,8 @@ def expand(pattern: str) -> tuple[list[str], str]:
 
 
 def _expand_remote(pattern: str) -> tuple[list[str], str]:
-    import fsspec
-
-    fs, path = fsspec.core.url_to_fs(pattern)
+    fs, path = _file_system(pattern)
+    fs.invalidate_cache()  # a listing from earlier in this process would hide shards that came, changed or went
     if not glob.has_magic(path):
         if fs.isfile(path):
             return [pattern], ""
@@ -87,14 +87,19 @@ def _expand_remote(pattern: str) -> tuple[list[str], str]:
     return [chain + fs.unstrip_protocol(name) for name in sorted(fs.glob(path))], chain + fs.unstrip_protocol(path)
 
 
+def _file_system(path: str) -> tuple[Any, str]:
+    """The fsspec file system of a path, and the path's name there."""
+    import fsspec
+
+    return fsspec.core.url_to_fs(path)
+
+
 def signature(path: str) -> list[int | str]:
     """What changes when a shard does, read without opening it: size and modification time (or an object's etag)."""
     if not is_remote(path):
         stat = os.stat(path)
         return [stat.st_size, stat.st_mtime_ns]
-    import fsspec
-
-    fs, name = fsspec.core.url_to_fs(path)
+    fs, name = _file_system(path)
     info = fs.info(name)
     marks = (info.get(mark) for mark in ("ETag", "etag", "md5Hash", "LastModified", "mtime", "created"))
     return [int(info["size"] or 0), str(next((mark for mark in marks if mark), ""))]
@@ -131,6 +136,9 @@ class ShardReader:
     def close(self) -> None:
         while self._open:
             os.close(self._open.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
 
     def _descriptor(self, path: str) -> int:
         if path in self._open:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from meru_fast.data.tar import regular_members
 from meru_fast.evaluation.protocol import DatasetError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
@@ -121,19 +122,20 @@ class TarMembers:
         """Content of one member."""
         path, offset, size = self._members[index][suffix]
         with path.open("rb", buffering=0) as file:
-            content = os.pread(file.fileno(), size, offset)
-        if len(content) != size:
+            whole = offset + size <= os.fstat(file.fileno()).st_size  # else it may not even fit into memory
+            content = os.pread(file.fileno(), size, offset) if whole else b""
+        if not whole:
             raise DatasetError(f"{path}: member {self.keys[index]}.{suffix} is cut off; download this file again")
         return content
 
     def _index(self, path: Path) -> None:
         samples: dict[str, dict[str, tuple[Path, int, int]]] = {}
         try:
-            with tarfile.open(path, "r:") as tar:
-                for member in tar:
+            with path.open("rb") as file:
+                for member in regular_members(file):
                     folder, _, base = member.name.rpartition("/")
                     stem, dot, suffix = base.partition(".")
-                    if member.isfile() and stem and dot:
+                    if stem and dot:
                         key = f"{folder}/{stem}" if folder else stem
                         samples.setdefault(key, {})[suffix.lower()] = (path, member.offset_data, member.size)
         except (tarfile.TarError, OSError) as error:
@@ -216,7 +218,7 @@ def labelled_manifest(
     position = {class_name: label for label, class_name in enumerate(class_names)}
     labels = []
     for value in values:
-        number = int(value) if str(value).isdigit() and str(value) not in position else None
+        number = int(value) if str(value).isdecimal() and len(str(value)) < 10 and str(value) not in position else None
         label = position.get(str(value), number)
         if label is None or label >= len(class_names):
             raise DatasetError(
@@ -235,10 +237,10 @@ def captioned_manifest(name: str, path: Path) -> CaptionedImages:
     rows = manifest_rows(name, path, ("image",))
     captions_of: dict[str, list[str]] = {}
     for number, row in enumerate(rows, start=1):
-        captions = row.get("captions", row.get("caption"))
+        captions = _texts(row.get("captions", row.get("caption")))
         if captions is None:
-            raise DatasetError(f"{name}: {path}, row {number} has neither caption nor captions")
-        captions_of.setdefault(row["image"], []).extend([captions] if isinstance(captions, str) else captions)
+            raise DatasetError(f"{name}: {path}, row {number} has neither a caption nor a list of captions")
+        captions_of.setdefault(row["image"], []).extend(captions)
     return captioned(name, ImageFiles([path.parent / image for image in captions_of]), list(captions_of.values()))
 
 
@@ -281,11 +283,11 @@ def labelled_tars(
     for index, key in enumerate(samples.keys):
         if not samples.has(index, "cls"):
             raise DatasetError(f"{name}: sample {key} has no .cls member")
-        label = int(samples.read(index, "cls"))
+        text = samples.read(index, "cls").strip()
+        label = int(text) if text.isdigit() and len(text) < 10 else -1
         if not 0 <= label < len(class_names):
-            raise DatasetError(
-                f"{name}: sample {key} has the label {label}, but there are {len(class_names)} class names"
-            )
+            shown = text[:20].decode("utf-8", "replace")
+            raise DatasetError(f"{name}: sample {key} has the label {shown!r}, none of 0 to {len(class_names) - 1}")
         samples.labels[index] = label
     return LabelledImages(name, samples, class_names, prompts)
 
@@ -295,14 +297,23 @@ def captioned_tars(name: str, paths: Sequence[Path]) -> CaptionedImages:
     samples = TarMembers(paths)
     captions_of = []
     for index, key in enumerate(samples.keys):
-        if samples.has(index, "json"):
-            fields = json.loads(samples.read(index, "json"))
-            own = fields.get("captions", fields.get("caption"))
-        elif samples.has(index, "txt"):
-            own = samples.read(index, "txt").decode().splitlines()
-        else:
-            own = None
-        if own is None:
+        own: Any = None
+        try:
+            if samples.has(index, "json"):
+                fields = json.loads(samples.read(index, "json"))
+                own = fields.get("captions", fields.get("caption")) if isinstance(fields, dict) else None
+            elif samples.has(index, "txt"):
+                own = samples.read(index, "txt").decode().splitlines()
+        except (ValueError, RecursionError) as error:
+            raise DatasetError(f"{name}: sample {key} has a caption that cannot be read ({error})") from error
+        captions = _texts(own)
+        if captions is None:
             raise DatasetError(f"{name}: sample {key} has no caption (a .json with the field caption, or a .txt)")
-        captions_of.append([own] if isinstance(own, str) else own)
+        captions_of.append(captions)
     return captioned(name, samples, captions_of)
+
+
+def _texts(value: Any) -> list[str] | None:
+    """A text or a list of texts as a list; None for anything else."""
+    texts = [value] if isinstance(value, str) else value
+    return texts if isinstance(texts, list) and all(isinstance(text, str) for text in texts) else None

@@ -105,7 +105,8 @@ def test_manifest_with_labels(tmp_path):
         ("{}", "should hold a list of rows"),
         ("[", "cannot read the manifest"),
         ('[{"caption": "x"}]', "row 1 has no image"),
-        ('[{"image": "a.png"}]', "row 1 has neither caption nor captions"),
+        ('[{"image": "a.png"}]', "row 1 has neither a caption nor a list of captions"),
+        ('[{"image": "a.png", "captions": ["x", 3]}]', "row 1 has neither a caption nor a list of captions"),
         ('[{"image": "a.png", "label": 0}, {"image": "b.png"}]', "row 2 has no label"),
     ],
 )
@@ -139,11 +140,36 @@ def test_tars_with_text_and_with_labels(tmp_path):
     write_tar(tmp_path / "c.tar", {"0.jpg": paint(1), "0.cls": b"1", "1.JPG": paint(0), "1.cls": b"0\n", "2.cls": b"0"})
     labelled = opened(tmp_path, kind="tar", root=str(tmp_path / "c.tar"), class_names=["a", "b"])
     assert [(painted(image), label) for image, label in labelled.samples] == [(1, 1), (0, 0)]
-    with pytest.raises(DatasetError, match="sample 0 has the label 1, but there are 1 class names"):
+    with pytest.raises(DatasetError, match="sample 0 has the label '1', none of 0 to 0"):
         opened(tmp_path, kind="tar", root=str(tmp_path / "c.tar"), class_names=["a"])
     with pytest.raises(DatasetError, match=r"sample x/a has no \.cls member"):
         opened(tmp_path, kind="tar", root=str(tmp_path / "t.tar"), class_names=["a"])
     with pytest.raises(DatasetError, match="sample 0 has no caption"):
+        opened(tmp_path, kind="tar", root=str(tmp_path / "c.tar"))
+
+
+@pytest.mark.parametrize("label", [b"x", b"", b"-1", b"2", "\u00b2".encode(), b"9" * 5000])
+def test_labels_that_are_none_are_named(tmp_path, label):
+    write_tar(tmp_path / "c.tar", {"0.jpg": paint(1), "0.cls": label})
+    with pytest.raises(DatasetError, match="sample 0 has the label"):
+        opened(tmp_path, kind="tar", root=str(tmp_path / "c.tar"), class_names=["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("member", "content", "fault"),
+    [
+        ("0.json", b"{", "has a caption that cannot be read"),
+        ("0.json", b"\xff", "has a caption that cannot be read"),
+        ("0.json", b"[" * 100_000, "has a caption that cannot be read"),
+        ("0.txt", b"\xff\xfe", "has a caption that cannot be read"),
+        ("0.json", b"[1]", "has no caption"),
+        ("0.json", b'{"captions": ["a", 5]}', "has no caption"),
+        ("0.json", b'{"caption": 5}', "has no caption"),
+    ],
+)
+def test_captions_that_are_none_are_named(tmp_path, member, content, fault):
+    write_tar(tmp_path / "c.tar", {"0.jpg": paint(1), member: content})
+    with pytest.raises(DatasetError, match=f"sample 0 {fault}"):
         opened(tmp_path, kind="tar", root=str(tmp_path / "c.tar"))
 
 
