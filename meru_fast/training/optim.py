@@ -66,14 +66,12 @@ def build_optimizer(
     gain_bias_decay: float | None = 0.0,
     exclude_params: Iterable[str] = SCALARS,
 ) -> torch.optim.AdamW:
-    """AdamW over :func:`parameter_groups`; fused where the parameters are on a GPU."""
+    """torch's fused AdamW (one pass over weights, gradients and moments) over :func:`parameter_groups`."""
     groups = parameter_groups(model, weight_decay, gain_bias_decay, exclude_params)
     if not groups:
         raise ConfigError("the model has no trainable parameter (train.freeze matches all of them?)")
-    on_gpu = all(parameter.is_cuda for group in groups for parameter in group["params"])
-    return torch.optim.AdamW(
-        groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay, fused=on_gpu
-    )
+    betas = (betas[0], betas[1])  # a list, if from YAML
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
 
 
 class LinearWarmupCosineDecayLR(torch.optim.lr_scheduler.LambdaLR):
