@@ -47,7 +47,7 @@ class Hierarchy:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Hierarchy":
-        """Read a file, or a tree that is shipped, by its name ("cifar100").
+        """Read a file, or a tree that is shipped, by its name ("cifar100", "imagenet").
 
         A ``.json`` file maps child to parent or parents; any other file has a line "parent child" for each pair, as
         ImageNet's ``wordnet.is_a.txt``.
@@ -79,6 +79,12 @@ class Hierarchy:
 
     def __contains__(self, node: str) -> bool:
         return node in self.parents
+
+    @property
+    def leaves(self) -> list[str]:
+        """Concepts that nothing is below, sorted: of the shipped "imagenet" the classes in label order."""
+        inner = {node for above in self.parents.values() for node in above}
+        return sorted(self.parents.keys() - inner)
 
     def connected(self, first: str, second: str) -> bool:
         """Whether there is a path between two concepts."""
@@ -158,8 +164,8 @@ class HierarchicalClassification(Evaluator):
 
     Args:
         trees: dataset name to the file of its tree, or the name of a shipped one (``Hierarchy.load``).
-        nodes: dataset name to the concept of each class, in label order (for ImageNet the WordNet ids). Default: the
-            class names themselves are concepts.
+        nodes: dataset name to the concept of each class, in label order, or to "leaves": the tree's leaves in
+            alphabetical order (ImageNet's WordNet ids). Default: the class names themselves are concepts.
         datasets, **kwargs: see ``Evaluator``.
     """
 
@@ -169,7 +175,7 @@ class HierarchicalClassification(Evaluator):
         self,
         datasets: Sequence[str | Mapping[str, Any]],
         trees: Mapping[str, str],
-        nodes: Mapping[str, Sequence[str]] | None = None,
+        nodes: Mapping[str, str | Sequence[str]] | None = None,
         **kwargs: Any,
     ):
         super().__init__(datasets, **kwargs)
@@ -183,7 +189,7 @@ class HierarchicalClassification(Evaluator):
         dataset = self.open(name, "test")
         if not isinstance(dataset, LabelledImages):
             raise DatasetError(f"{name}: has captions and no labels, so it has no place in a tree")
-        nodes = list(self.nodes.get(name, dataset.class_names))
+        nodes = self._concepts(name, dataset.class_names)
         if len(nodes) != len(dataset.class_names):
             raise DatasetError(f"{name}: {len(nodes)} concepts for {len(dataset.class_names)} classes")
         classes = class_embeddings(model, list(dataset.class_names), list(dataset.prompts), f"{name}: prompts")
@@ -195,3 +201,12 @@ class HierarchicalClassification(Evaluator):
             )
         except ValueError as error:
             raise DatasetError(f"{name}: {error}") from error
+
+    def _concepts(self, name: str, class_names: Sequence[str]) -> list[str]:
+        """The concept of each class, in label order."""
+        chosen = self.nodes.get(name, class_names)
+        if isinstance(chosen, str):
+            if chosen != "leaves":
+                raise ValueError(f'evaluator.nodes of {name}: expected a list of concepts or "leaves", got {chosen!r}')
+            return self.trees[name].leaves
+        return list(chosen)

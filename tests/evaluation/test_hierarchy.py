@@ -2,6 +2,7 @@
 
 import json
 import random
+from importlib import resources
 
 import networkx as nx
 import pytest
@@ -101,6 +102,36 @@ def test_the_shipped_tree_holds_every_class_of_cifar100():
     assert tree.distance("maple tree", "oak tree") == 2
     assert {"animal", "living thing", "thing"} <= tree.ancestors("trout")
     assert len({frozenset(tree.parents[name]) for name in classes}) == 20
+
+
+def test_the_shipped_tree_of_imagenet_is_wordnets():
+    tree = Hierarchy.load("imagenet")
+    labels = (resources.files("timm") / "data" / "_info" / "imagenet_synsets.txt").read_text().split()
+    assert len(labels) == 1000
+    assert tree.leaves == labels  # in label order, so that label i is concept i
+    chihuahua, tabby, entity = "n02085620", "n02123045", "n00001740"
+    assert labels.index(chihuahua) == 151
+    assert protocols()["imagenet"].class_names[151] == "Chihuahua"
+    assert all(entity in tree.ancestors(label) for label in labels)
+    # toy dog, dog, canine | domestic animal, carnivore, placental, mammal, vertebrate, chordate, animal, ...
+    assert {"n02085374", "n02084071", "n02083346", "n01317541", "n02075296", "n00015388"} <= tree.ancestors(chihuahua)
+    # Chihuahua - toy dog - dog - domestic animal - domestic cat - tabby
+    assert tree.distance(chihuahua, tabby) == 5
+
+
+def test_concepts_of_classes(tmp_path):
+    (tmp_path / "tree.json").write_text(json.dumps(SMALL))
+    dataset = {"name": "pets", "kind": "folder", "root": str(tmp_path), "prompts": ["{}"]}
+
+    def concepts(nodes):
+        evaluator = HierarchicalClassification([dataset], trees={"pets": str(tmp_path / "tree.json")}, nodes=nodes)
+        return evaluator._concepts("pets", ["a", "b"])
+
+    assert concepts(None) == ["a", "b"]
+    assert concepts({"pets": ["dog", "cat"]}) == ["dog", "cat"]
+    assert concepts({"pets": "leaves"}) == ["cat", "dog", "oak"]
+    with pytest.raises(ValueError, match=r"evaluator\.nodes of pets.*got 'leafs'"):
+        concepts({"pets": "leafs"})
 
 
 def test_the_table_scales_shares_and_leaves_counts(capsys):
