@@ -75,6 +75,15 @@ def expand(pattern: str) -> tuple[list[str], str]:
 
 
 def _expand_remote(pattern: str) -> tuple[list[str], str]:
+    try:
+        return _list_remote(pattern)
+    except (DataError, FileNotFoundError):
+        raise
+    except Exception as error:  # every fsspec back end has its own family of network errors
+        raise DataError(f"{pattern} cannot be listed: {error}") from error
+
+
+def _list_remote(pattern: str) -> tuple[list[str], str]:
     fs, path = _file_system(pattern)
     fs.invalidate_cache()  # a listing from earlier in this process would hide shards that came, changed or went
     if not glob.has_magic(path):
