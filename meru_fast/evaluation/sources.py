@@ -272,6 +272,8 @@ def manifest_rows(name: str, path: Path, needed: Sequence[str]) -> list[Mapping[
         lacking = [field for field in needed if not isinstance(row, dict) or row.get(field) in (None, "")]
         if lacking:
             raise DatasetError(f"{name}: {path}, row {number} has no {' and no '.join(lacking)}")
+        if not isinstance(row["image"], str):
+            raise DatasetError(f"{name}: {path}, row {number} has the image {row['image']!r}, which is no path")
     return rows
 
 

@@ -106,6 +106,7 @@ def test_manifest_with_labels(tmp_path):
         ("[", "cannot read the manifest"),
         ('[{"caption": "x"}]', "row 1 has no image"),
         ('[{"image": "a.png"}]', "row 1 has neither a caption nor a list of captions"),
+        ('[{"image": 5, "caption": "x"}]', "row 1 has the image 5, which is no path"),
         ('[{"image": "a.png", "captions": ["x", 3]}]', "row 1 has neither a caption nor a list of captions"),
         ('[{"image": "a.png", "label": 0}, {"image": "b.png"}]', "row 2 has no label"),
     ],
