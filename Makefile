@@ -4,11 +4,11 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help install demo test lint clean
+.PHONY: help install demo test release-check coverage lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 $(STAMP): setup.py pyproject.toml constraints.txt
 	@echo "==> Installing meru_fast into $(VENV) (torch with CUDA libraries: about 7 GB, some minutes)"
@@ -29,6 +29,12 @@ test: $(STAMP)  ## run the whole test suite
 	@$(MAKE) --no-print-directory lint
 	@echo "==> Tests"
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
+
+release-check: $(STAMP)  ## wheel and source archive in clean environments, with the lowest and the highest torch
+	@.ci/release_check
+
+coverage: $(STAMP)  ## run the test suite under coverage and print the table of the README's figure
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --cov
 
 lint: $(STAMP)  ## ruff and mypy
 	@$(BIN)/ruff check .
