@@ -1,9 +1,10 @@
 """One command for a machine that is at hand: check the ops, measure them, draw the results.
 
-python -m benchmarks.run                            everything that this machine can measure
-python -m benchmarks.run --only contrastive         files whose name contains a word
-python -m benchmarks.run --only meru_loss -- -k 65536
-python -m benchmarks.run --output-dir measured      then, where the checkout is: report --add measured/results.csv
+examples (in a checkout, `python -m benchmarks.run` is the same):
+  meru-fast bench                            everything that this machine can measure
+  meru-fast bench --only contrastive         files whose name contains a word
+  meru-fast bench --only meru_loss -- -k 65536
+  meru-fast bench --output-dir measured      then, where the checkout is: report --add measured/results.csv
 
 Whole training steps, loaders and evaluations are commands of their own: python -m benchmarks.bench_train_step --help
 """
@@ -24,7 +25,7 @@ FOLDER = Path(__file__).parent
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="meru-fast bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--only", action="append", default=[], metavar="WORD", help="benchmark files to run (repeatable)"

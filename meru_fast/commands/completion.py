@@ -40,8 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="meru-fast completion",
         description="Print a script that completes commands and options of meru-fast.",
-        epilog='bash, zsh:  eval "$(meru-fast completion bash)"    in ~/.bashrc or ~/.zshrc\n'
-        "fish:       meru-fast completion fish > ~/.config/fish/completions/meru-fast.fish",
+        epilog="examples:\n"
+        '  bash, zsh:  eval "$(meru-fast completion bash)"    in ~/.bashrc or ~/.zshrc\n'
+        "  fish:       meru-fast completion fish > ~/.config/fish/completions/meru-fast.fish",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("shell", choices=("bash", "zsh", "fish"))

@@ -22,7 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="meru-fast info",
         description="Versions, GPUs, which backends are active and why not, disk. Send it with a bug report.",
-        epilog="example: meru-fast info --json | jq .backends",
+        epilog="examples:\n"
+        "  meru-fast info                          for a reader\n"
+        "  meru-fast info --json | jq .backends    for a program\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="for machines")
     args = parser.parse_args(argv)
@@ -110,7 +113,7 @@ def _xformers(attention) -> str:
         return "not installed"
     if not torch.cuda.is_available():
         return "installed, not used: its kernels run on GPUs only"
-    reason = attention._probe("xformers", torch.device("cuda"), torch.bfloat16, 64)
+    reason = attention.unusable_because("xformers", torch.device("cuda"), torch.bfloat16, 64)
     return f"installed, not used: {reason}" if reason else "used for packed captions"
 
 

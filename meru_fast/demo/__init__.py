@@ -207,9 +207,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line of ``meru-fast demo``. Exits with 1 if the model did not learn, with 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="meru-fast demo",
-        description="Make data, train a small MERU, evaluate it and write a report, in about ten minutes on two CPU "
+        description="Make data, train a small MERU, evaluate it and write a report, in about ten minutes on two CPU\n"
         "cores (a GPU is used if there is one). Run it again to go on after an interruption.",
-        epilog="example: meru-fast demo --output-dir demo_output",
+        epilog="examples:\n"
+        "  meru-fast demo                                           everything, into demo_output/report.html\n"
+        "  meru-fast demo --output-dir longer train.num_iterations=3000\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output-dir", default="demo_output", help="folder for all it makes (default %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the training config")

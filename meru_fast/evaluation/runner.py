@@ -30,13 +30,13 @@ Datasets that are missing are named, with how to get them, and the others go on 
 EXAMPLES = """
 examples:
   # all 20 classification sets (those that are there)
-  python scripts/evaluate.py --config configs/eval_zero_shot_classification.py \\
-      --checkpoint-path meru_vit_s.pth --train-config configs/train_meru_vit_s.py
+  meru-fast evaluate --config eval_zero_shot_classification \\
+      --checkpoint-path meru_vit_s.pth --train-config train_meru_vit_s
   # two models side by side; continue where a former call stopped
-  python scripts/evaluate.py --config configs/eval_zero_shot_retrieval.py --skip-existing \\
+  meru-fast evaluate --config eval_zero_shot_retrieval --skip-existing \\
       --checkpoint-path runs/meru --checkpoint-path runs/clip
   # your own images, one folder for each class
-  python scripts/evaluate.py --config configs/eval_zero_shot_classification.py --checkpoint-path runs/meru \\
+  meru-fast evaluate --config eval_zero_shot_classification --checkpoint-path runs/meru \\
       'evaluator.datasets=[{name: pets, kind: folder, root: my/photos, prompts: ["a photo of a {}."]}]'
   # four GPUs share the images, with the identical result
   torchrun --nproc-per-node 4 scripts/evaluate.py --config ... --checkpoint-path ...
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="evaluate.py",
+        prog="meru-fast evaluate",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

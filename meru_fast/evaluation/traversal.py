@@ -148,10 +148,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="image_traversals.py",
+        prog="meru-fast traverse",
         description="Walk from images to the root of the embedding space and read the texts on the way.",
         epilog="examples:\n"
-        "  python scripts/image_traversals.py --image-path cat.jpg --checkpoint-path runs/meru\n"
+        "  meru-fast traverse --image-path cat.jpg --checkpoint-path runs/meru\n"
         "  ... --image-path cat.jpg --image-path dog.jpg --interpolate      from the first image to the second\n"
         "  ... --image-path cat.jpg --text-pool my_captions.txt --json      own texts, for machines\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -151,14 +151,14 @@ def packed_implementation(device: torch.device, dtype: torch.dtype, head_dim: in
     if device.type == "cpu":
         return "sdpa"
     for name in ("xformers", "varlen"):
-        reason = _probe(name, device, dtype, head_dim)
+        reason = unusable_because(name, device, dtype, head_dim)
         if reason is None:
             return name
         _log.info("packed attention: no %s for %s on %s: %s", name, dtype, device, reason)
     return "padded"
 
 
-def _probe(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def unusable_because(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why an implementation cannot be used, None if it gives the values and the gradient of the reference."""
     starts = torch.tensor([0, 3, 4, 9], dtype=torch.int32, device=device)
     attend = PackedAttention(PackedTokens(torch.zeros(9, dtype=torch.int32, device=device), starts, (3, 1, 5)))

@@ -21,10 +21,10 @@ from omegaconf import DictConfig
 DESCRIPTION = """\
 Train MERU or CLIP. One command, any number of processes:
 
-  python scripts/train.py --config train_meru_vit_l --output-dir runs/l                one process, on a GPU if any
-  python scripts/train.py --config train_meru_vit_l --output-dir runs/l --num-gpus 8   eight, on one machine
+  meru-fast train --config train_meru_vit_l --output-dir runs/l                         one process, on a GPU if any
+  meru-fast train --config train_meru_vit_l --output-dir runs/l --num-gpus 8            eight, on one machine
   deepspeed --hostfile hosts scripts/train.py --config ... --deepspeed_config ds.json   DeepSpeed's own launcher
-  torchrun --nproc_per_node 8 scripts/train.py --config ...    or    srun python scripts/train.py --config ...
+  torchrun --nproc_per_node 8 scripts/train.py --config ...    or    srun meru-fast train --config ...
 
 Without a GPU, --num-gpus N starts N CPU processes. Everything in the config can be changed by key=value:
 
@@ -36,7 +36,7 @@ The same command with --resume auto goes on after any crash. SIGTERM saves and s
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="train.py", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="meru-fast train", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="a .py or .yaml config, or the name of a packaged one")

@@ -40,9 +40,9 @@ def test_captions_attend_to_themselves_and_backwards_only(packed, name):
 
 def test_no_gpu_no_gpu_kernels():
     assert packed_implementation(CPU, torch.float32, 64) == "sdpa"
-    assert "No operator found" in attention._probe("xformers", CPU, torch.float32, 64)
-    assert "NotImplementedError" in attention._probe("varlen", CPU, torch.bfloat16, 64)
-    assert attention._probe("padded", CPU, torch.float32, 64) is None  # values and gradient of the reference
+    assert "No operator found" in attention.unusable_because("xformers", CPU, torch.float32, 64)
+    assert "NotImplementedError" in attention.unusable_because("varlen", CPU, torch.bfloat16, 64)
+    assert attention.unusable_because("padded", CPU, torch.float32, 64) is None  # values and gradient of the reference
 
 
 def test_an_implementation_that_is_wrong_is_not_used(monkeypatch):
@@ -50,7 +50,7 @@ def test_an_implementation_that_is_wrong_is_not_used(monkeypatch):
         return qkv[:, 2] + qkv[:, 2].mean(0)
 
     monkeypatch.setitem(attention._IMPLEMENTATIONS, "xformers", sees_the_future)
-    assert "results differ from the reference" in attention._probe("xformers", CPU, torch.float32, 64)
+    assert "results differ from the reference" in attention.unusable_because("xformers", CPU, torch.float32, 64)
 
 
 def test_causal_keyword_of_this_torch():
@@ -60,4 +60,4 @@ def test_causal_keyword_of_this_torch():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["xformers", "varlen"])
 def test_gpu_kernels_work(name):
-    assert attention._probe(name, torch.device("cuda", 0), torch.bfloat16, 64) is None
+    assert attention.unusable_because(name, torch.device("cuda", 0), torch.bfloat16, 64) is None
