@@ -41,10 +41,10 @@ from torch import Tensor
 from benchmarks import devices, photo_shards
 from meru_fast.data import build_loader, captions, decode, keyed
 from meru_fast.data.index import open_shards
-from meru_fast.data.progress import progress_bar
 from meru_fast.data.samples import ShardSamples
 from meru_fast.data.shards import patterns
 from meru_fast.data.transforms import DRAWS, crop_window
+from meru_fast.progress import progress_bar
 from meru_fast.tokenizer import PackedTokens, Tokenizer
 
 SIZE = 224

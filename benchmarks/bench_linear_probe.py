@@ -21,7 +21,7 @@ import torch
 
 from meru_fast.evaluation.features import Labelled
 from meru_fast.evaluation.linear_probe import FITS, SOLVERS, probe
-from meru_fast.evaluation.progress import progress
+from meru_fast.progress import progress_bar
 
 RESULTS = Path(__file__).with_name("linear_probe.csv")
 TEST = 4000
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     train, val, test = parts(args.samples, args.dim, args.classes, args.noise, device)
     for solver in args.solvers:
-        with progress(solver, FITS, "fits") as advance:
+        with progress_bar(solver, FITS, "fits") as advance:
             began, cpu_began = time.perf_counter(), time.process_time()
             scores, cost = probe(train, val, test, args.classes, solver=solver, advance=advance)
             if device.type == "cuda":

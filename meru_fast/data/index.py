@@ -34,9 +34,9 @@ import numpy as np
 
 from meru_fast.data import shards as shard_files
 from meru_fast.data.errors import DataError
-from meru_fast.data.progress import progress_bar
 from meru_fast.data.remote import cache_folder
 from meru_fast.data.tar import regular_members
+from meru_fast.progress import progress_bar
 
 VERSION = 1
 FOLDER = ".meru_index"
@@ -530,9 +530,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`meru-fast index`: scan shards ahead of time, and say what is in them."""
     parser = argparse.ArgumentParser(
         prog="meru-fast index",
-        description="Index shards (TARs of RedCaps or img2dataset layout), so that training starts at once. The index "
-        "is kept beside the shards in .meru_index/, or in the user's cache where that cannot be written. Training "
-        "does the same by itself when it starts; run twice, it only looks for changes.",
+        description="Index shards (TARs of RedCaps or img2dataset layout), so that training starts at once.\n\n"
+        "The index is kept beside the shards in .meru_index/, or in the user's cache where that cannot be written.\n"
+        "Training does the same by itself when it starts; run twice, it only looks for changes.",
+        epilog="examples:\n"
+        "  meru-fast index datasets/redcaps                          all .tar files of a folder\n"
+        "  meru-fast index 'datasets/redcaps/*_2020_*.tar'           a glob; brace ranges {000..099} work too\n"
+        "  meru-fast index --prune datasets/redcaps                  after shards were removed\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("shards", nargs="+", help="folders, files, globs, brace ranges, or a::b; local or s3://...")
     parser.add_argument("--workers", type=int, help="scanning processes (default: one per core)")
@@ -542,8 +547,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         found = open_shards(args.shards, workers=args.workers, progress=not args.quiet, prune=args.prune)
     except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        sys.exit(f"error: {error}")
     flags = found.flags()
     print(f"{len(found.paths):,} shards, {len(found):,} samples")
     for flag, reason in DEFECTS.items():

@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 
 from meru_fast.data.errors import DataError
-from meru_fast.data.progress import progress_bar
+from meru_fast.progress import progress_bar
 
 PAIRS_PER_SHARD = 1000
 MANIFEST = "prepared.jsonl"

@@ -13,9 +13,9 @@ from meru_fast.data import decode
 from meru_fast.data.dataset import Defect
 from meru_fast.data.errors import BadSampleError, DataError
 from meru_fast.data.index import ShardSet, open_shards
-from meru_fast.data.progress import progress_bar
 from meru_fast.data.samples import ShardSamples
 from meru_fast.data.transforms import Window
+from meru_fast.progress import progress_bar
 
 CHUNK = 256  # samples that a process checks at a time
 
@@ -88,8 +88,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit status 0: all good; 1: bad samples; 2: no usable shards."""
     parser = argparse.ArgumentParser(
         prog="meru-fast verify",
-        description="Read, parse and decode every sample of the shards as training would, and list the bad ones. "
+        description="Read, parse and decode every sample of the shards as training would, and list the bad ones.\n"
         "Training replaces bad samples by itself; this tells how many there are before it starts.",
+        epilog="examples:\n"
+        "  meru-fast verify datasets/redcaps                         status 0: all good, 1: bad samples, 2: no shards\n"
+        "  meru-fast verify 'datasets/redcaps/*.tar' --quiet --output bad.csv\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("shards", nargs="+", help="folders, files, globs, brace ranges, or a::b; local or s3://...")
     parser.add_argument("--workers", type=int, help="processes (default: one per core)")
@@ -105,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             reasons[defect.reason.split(":")[0]] += 1
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        sys.exit(2)
     if not args.quiet:
         for defect in defects:
             print(f"{defect.shard}\t{defect.key or '(shard)'}\t{defect.reason}")

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from meru_fast.data.progress import progress_bar
 from meru_fast.demo.pictures import DIGIT_NAMES, Picture, draw_digit, draw_pair, draw_scene
+from meru_fast.progress import progress_bar
 
 SHARD_SIZE = 1000
 DIGIT_SHARDS = 5

@@ -10,8 +10,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from meru_fast.evaluation.progress import progress
 from meru_fast.evaluation.protocol import DatasetError
+from meru_fast.progress import progress_bar
 
 CHUNK = 1 << 20
 
@@ -83,7 +83,7 @@ def fetch(url: str, path: Path) -> None:
         with urllib.request.urlopen(request, timeout=60) as response:
             resumed = response.status == 206
             total = int(response.headers.get("Content-Length") or 0) + (start if resumed else 0)
-            with partial.open("ab" if resumed else "wb") as file, progress(path.name, total, "bytes") as advance:
+            with partial.open("ab" if resumed else "wb") as file, progress_bar(path.name, total, "bytes") as advance:
                 advance(start if resumed else 0)
                 while chunk := response.read(CHUNK):
                     file.write(chunk)

@@ -23,10 +23,10 @@ from meru_fast.distributed import (
     get_world_size,
     is_main_process,
 )
-from meru_fast.evaluation.progress import progress
 from meru_fast.evaluation.protocol import DatasetError
 from meru_fast.evaluation.sources import Samples
 from meru_fast.evaluation.transforms import EvalTransform
+from meru_fast.progress import progress_bar
 
 
 class Loading(NamedTuple):
@@ -85,7 +85,7 @@ def text_features(
 
     tokenizer = Tokenizer()
     features = []
-    with progress(title, len(texts), "texts") as advance:
+    with progress_bar(title, len(texts), "texts") as advance:
         for start in own_starts(len(texts), batch_size):
             chunk = list(texts[start : start + batch_size])
             tokens = PackedTokens.from_list(tokenizer(chunk)).to(device_of(model))
@@ -137,7 +137,7 @@ def batches(
         except Exception as error:
             raise DatasetError(f"{title}: sample {index} cannot be read: {error}") from error
 
-    with ThreadPoolExecutor(workers) as pool, progress(title, len(samples), "images") as advance:
+    with ThreadPoolExecutor(workers) as pool, progress_bar(title, len(samples), "images") as advance:
         pending: list[list[Future]] = []
         try:
             for position in range(len(starts) + 2):

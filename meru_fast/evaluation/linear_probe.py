@@ -17,10 +17,10 @@ from meru_fast.evaluation.evaluator import Evaluator
 from meru_fast.evaluation.features import Labelled, cached, device_of, fingerprint, image_features
 from meru_fast.evaluation.logistic import LogisticProblem, Solution
 from meru_fast.evaluation.output import COST, slug
-from meru_fast.evaluation.progress import progress
 from meru_fast.evaluation.protocol import DatasetError
 from meru_fast.evaluation.ranking import accuracies
 from meru_fast.evaluation.sources import LabelledImages
+from meru_fast.progress import progress_bar
 
 COSTS = tuple(10.0**exponent for exponent in (-6, -4, -2, 0, 2, 4, 6))
 FIRST_FACTOR = 10.0
@@ -183,7 +183,7 @@ class LinearProbe(Evaluator):
             raise DatasetError(f"{name}: has captions and no labels; use the retrieval config")
         weights = fingerprint(model) if self.cache_dir else ""
         parts = {part: self._features(model, weights, dataset, part) for part, dataset in opened.items()}
-        with progress(f"{name}: probe", FITS, "fits") as advance:
+        with progress_bar(f"{name}: probe", FITS, "fits") as advance:
             scores, cost = probe(
                 **parts,
                 num_classes=len(test.class_names),
