@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from meru_fast.data.errors import DataError
 from meru_fast.tokenizer import PackedTokens
 
 ORPHAN_CHECK = 5.0  # seconds between looks at whether the trainer still lives, while there is nothing to do
+JOIN_SECONDS = 5.0  # for a killed process to be gone; one in a read that hangs in the kernel may take for ever
 AHEAD = 2  # batches that each worker may have finished before they are asked for
 
 
@@ -60,9 +62,12 @@ class Workers:
         self.timeout = timeout
         self.pin = pin
         self._steps = itertools.count(start)
+        self._due = start  # the batch that the receiver waits for
         if num_workers:
             dataset.warm_up()
-        self._workers = [_start(dataset, index, start, num_workers) for index in range(num_workers)]
+        self._workers: list[_Worker] = []
+        for index in range(num_workers):
+            self._workers.append(_start(dataset, index, start, num_workers, [w.pipe for w in self._workers]))
         # Also at the end of the interpreter, before multiprocessing waits for its children there.
         self._kill = Finalize(self, _kill, ([worker.process for worker in self._workers],), exitpriority=10)
         self._ready: queue.Queue[LocalBatch | Exception] = queue.Queue(AHEAD)
@@ -87,17 +92,27 @@ class Workers:
         if not self._workers:
             batch = self.dataset[next(self._steps)]
             return batch.pin_memory() if self.pin else batch
-        result = self._ready.get()
+        result = self._awaited()
         if isinstance(result, Exception):
             self.close()
             raise result
         return result
 
+    def _awaited(self) -> LocalBatch | Exception:
+        """What the receiver hands over. It tells of stalled workers, unless it hangs itself, in half a message."""
+        try:
+            return self._ready.get(timeout=self.timeout + JOIN_SECONDS)
+        except queue.Empty:
+            worker = self._workers[self._due % len(self._workers)]
+            return DataError(_describe(worker, self.dataset, f"has been silent for {self.timeout:g} s in mid-batch"))
+
     def close(self) -> None:
         """End all workers, also stopped ones."""
         self._closing.set()
         self._kill()
-        if self._receiver.is_alive():
+        # The garbage collector may run this in the receiver itself, perhaps while that holds the queue's lock; and the
+        # interpreter's end freezes the receiver, so that Python 3.13 would wait for it for ever.
+        if self._receiver.is_alive() and threading.current_thread() is not self._receiver and not sys.is_finalizing():
             with self._ready.mutex:
                 self._ready.queue.clear()
                 self._ready.not_full.notify_all()
@@ -109,12 +124,19 @@ class Workers:
         """In a thread: take batches out of shared memory while the trainer is busy."""
         try:
             for step in self._steps:
-                self._ready.put(self._take(self._workers[step % len(self._workers)]))
+                self._due = step
+                self._hand_over(self._take(self._workers[step % len(self._workers)]))
                 if self._closing.is_set():
                     return
         except Exception as error:
-            if not self._closing.is_set():
-                self._ready.put(error)
+            self._hand_over(error)
+
+    def _hand_over(self, result: LocalBatch | Exception) -> None:
+        """Wait for room in the queue, as long as anybody wants what is in it."""
+        while not self._closing.is_set():
+            with contextlib.suppress(queue.Full):
+                self._ready.put(result, timeout=1)
+                return
 
     def _take(self, worker: _Worker) -> LocalBatch:
         """The next batch of this worker."""
@@ -131,12 +153,13 @@ class Workers:
         if isinstance(message, Exception):
             raise message
         batch = _unpack(message, worker.slots[message.slot], self.pin)
-        with contextlib.suppress(BrokenPipeError):  # a worker that died since is found out when its next batch is due
+        with contextlib.suppress(ConnectionError):  # a worker that died since is found out when its next batch is due
             worker.pipe.send(message.slot)
         return batch
 
 
-def _start(dataset: TrainingSet, index: int, start: int, num_workers: int) -> _Worker:
+def _start(dataset: TrainingSet, index: int, start: int, num_workers: int, others: list[Connection]) -> _Worker:
+    """Fork a worker; `others` are our ends of the pipes to those before it."""
     context = multiprocessing.get_context("fork")
     local_batch = dataset.batch_size // dataset.world_size
     slots = [_shared(local_batch * 3 * dataset.image_size**2) for _ in range(AHEAD)]
@@ -146,7 +169,7 @@ def _start(dataset: TrainingSet, index: int, start: int, num_workers: int) -> _W
     steps = itertools.count(first, num_workers)
     process = context.Process(
         target=_work,
-        args=(dataset, steps, theirs, slots, beat, os.getpid()),
+        args=(dataset, steps, theirs, [*others, ours], slots, beat, os.getpid()),
         name=f"meru-fast-loader-{index}",
         daemon=True,
     )
@@ -164,11 +187,14 @@ def _work(
     dataset: TrainingSet,
     steps: Iterator[int],
     pipe: Connection,
+    inherited: list[Connection],
     slots: list[Tensor],
     beat: np.ndarray,
     parent: int,
 ) -> None:
     """The life of a worker. It ends when its parent kills it, or when its parent is gone."""
+    for end in inherited:  # else a worker that waits to send never learns that the parent is gone
+        end.close()
     # Ctrl-C and the scheduler's warning are the trainer's to handle: it still wants batches for its last steps.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -181,7 +207,7 @@ def _work(
     for part in dataset.mixture:
         part.samples.reopen()
     free = list(range(len(slots)))
-    with contextlib.suppress(EOFError, BrokenPipeError):
+    with contextlib.suppress(EOFError, ConnectionError):
         for step in steps:
             try:
                 batch = dataset[step]
@@ -204,16 +230,16 @@ class _Parcel(NamedTuple):
     shape: tuple[int, ...]  # of the pixels
     ids: np.ndarray
     cu_seqlens: np.ndarray
-    jpegs: Tensor | None  # those that did not fit
+    jpegs: np.ndarray | None  # those that did not fit; a tensor would travel by file descriptor
     rest: dict[str, Any]  # the other fields of the batch
 
 
 def _pack(batch: LocalBatch, number: int, slot: Tensor) -> _Parcel:
     pixels = batch.images.numel()
     slot[:pixels] = batch.images.view(-1)
-    jpegs = batch.encoded.data if batch.encoded else None
+    jpegs = batch.encoded.data.numpy() if batch.encoded else None
     if jpegs is not None and pixels + len(jpegs) <= len(slot):
-        slot[pixels : pixels + len(jpegs)] = jpegs
+        slot[pixels : pixels + len(jpegs)] = torch.from_numpy(jpegs)
         jpegs = None
     rest = {"step": batch.step, "keys": batch.keys, "origins": batch.origins, "defects": batch.defects}
     if batch.encoded:
@@ -230,7 +256,8 @@ def _unpack(parcel: _Parcel, slot: Tensor, pin: bool) -> LocalBatch:
     rest = dict(parcel.rest)
     if "encoded" in rest:
         sizes, windows, rows = rest["encoded"]
-        jpegs = slot[pixels : pixels + sum(sizes)].clone() if parcel.jpegs is None else parcel.jpegs
+        fitted = parcel.jpegs is None
+        jpegs = slot[pixels : pixels + sum(sizes)].clone() if fitted else torch.from_numpy(parcel.jpegs)
         rest["encoded"] = Encoded(jpegs, sizes, windows, rows)
     tokens = PackedTokens(torch.from_numpy(parcel.ids), torch.from_numpy(parcel.cu_seqlens))
     return LocalBatch(images=images, tokens=tokens.pin_memory() if pin else tokens, **rest)
@@ -241,7 +268,7 @@ def _kill(processes: list[multiprocessing.Process]) -> None:
     for process in processes:
         process.kill()
     for process in processes:
-        process.join()
+        process.join(JOIN_SECONDS)
 
 
 def _describe(worker: _Worker, dataset: TrainingSet, state: str) -> str:
