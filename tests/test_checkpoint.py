@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import small_models
 import torch
+from eval_models import noise
 from torch import nn
 
 from meru_fast import checkpoint, config
 from meru_fast.checkpoint import CheckpointError
+from meru_fast.evaluation import main as evaluate
+from meru_fast.evaluation.retrieval import ZeroShotRetrieval
 from meru_fast.models import CLIP, MERU
 
 SUPPORT = Path(__file__).parent / "support"
@@ -101,6 +104,27 @@ def test_deepspeed_folder(deepspeed_runs, stage, what):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value.view(found[name].shape)), name
+
+
+@pytest.mark.parametrize("stage", ["0", "1", "2", "3", "2_bf16"])
+def test_evaluate_takes_a_folder_of_every_stage(deepspeed_runs, stage, tmp_path, capsys):
+    rows = []
+    for number in range(12):
+        noise(number).save(tmp_path / f"{number}.png")
+        rows.append({"image": f"{number}.png", "caption": f"picture number {number}"})
+    scenes = {"name": "scenes", "kind": "manifest", "root": str(tmp_path / "scenes.json")}
+    (tmp_path / "scenes.json").write_text(json.dumps(rows))
+    run = deepspeed_runs / f"stage{stage}"
+    output = tmp_path / "out"
+    given = ["--config", "eval_zero_shot_retrieval", "--checkpoint-path", str(run), "--output-dir", str(output)]
+    evaluate([*given, "--device", "cpu", f"evaluator.datasets=[{json.dumps(scenes)}]"])
+    assert "guessed" not in capsys.readouterr().out  # a run folder says what it is
+    (file,) = output.rglob("*.json")
+    model = config.instantiate(config.load(run / "config.yaml").model)
+    checkpoint.fit_state(model, torch.load(deepspeed_runs / f"stage{stage}.pt"), run)
+    expected = ZeroShotRetrieval([scenes])(model.eval())
+    found = json.loads(file.read_text())["metrics"]
+    assert {f"scenes/{name}": value for name, value in found.items()} == pytest.approx(expected)
 
 
 def test_averaged_weights(deepspeed_runs, tmp_path):

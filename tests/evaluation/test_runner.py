@@ -132,6 +132,35 @@ def test_architecture_is_guessed_and_said(work, tmp_path, capsys):
     ][:1]
 
 
+def test_an_export_brings_its_architecture(work, tmp_path, capsys):
+    tiny("meru").save_pretrained(tmp_path / "export")
+    given = arguments(work, tmp_path / "exported", "zero_shot_classification", ("meru",))
+    at = given.index("--train-config")
+    given = [str(tmp_path / "export") if word.endswith("meru.pth") else word for word in given[:at] + given[at + 2 :]]
+    main(given)
+    assert "guessed" not in capsys.readouterr().out
+    main(arguments(work, tmp_path / "published", "zero_shot_classification"))
+    exported, published = (results(tmp_path / name) for name in ("exported", "published"))
+    assert [value["metrics"] for value in exported.values()] == [value["metrics"] for value in published.values()]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fault"),
+    [
+        ("cut.pth", lambda whole: whole[: len(whole) // 2], "cut.pth"),
+        ("empty.pth", lambda whole: b"", "empty.pth"),
+        ("picture.pth", lambda whole: b"\x89PNG" + whole[:100], "picture.pth"),
+        ("cut.safetensors", lambda whole: b"\x10\x00", "cut.safetensors"),
+    ],
+)
+def test_a_wrong_checkpoint_is_named(work, tmp_path, name, content, fault):
+    (tmp_path / name).write_bytes(content((work / "meru.pth").read_bytes()))
+    given = arguments(work, tmp_path, "zero_shot_classification")
+    with pytest.raises(SystemExit, match=fault) as error:
+        main([word.replace(str(work / "meru.pth"), str(tmp_path / name)) for word in given])
+    assert len(str(error.value).splitlines()) <= 3
+
+
 @pytest.mark.parametrize(
     ("change", "fault"),
     [

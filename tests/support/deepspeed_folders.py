@@ -22,7 +22,7 @@ MODEL = LazyCall("meru_fast.models.MERU")(
     visual=LazyCall("meru_fast.models.build_timm_vit")(
         arch="vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2
     ),
-    textual=LazyCall("meru_fast.models.TransformerTextEncoder")(arch="L1_W16_A2", vocab_size=32, context_length=8),
+    textual=LazyCall("meru_fast.models.TransformerTextEncoder")(arch="L1_W16_A2", vocab_size=49408, context_length=77),
     embed_dim=8,
     entail_weight=0.2,
 )
