@@ -24,6 +24,8 @@ Backward, per block of at most ``WORKSPACE`` bytes of weights
   weights_kernel  makes the logits again and writes ``W`` without the given pairs in bfloat16, with ``sum_j W B``,
                   ``sum_i W A`` and the sums for curv and logit_scale. The first two are sums of the *rounded* weights:
                   so the rounding of W multiplies tangent vectors, which are short for close pairs, not the points.
+                  In cosine geometry they are sums of what the rounding lost, for the row's own pair to make up:
+                  so the rounding multiplies the difference from that pair.
   expand_kernel   the points of the block as sums of bfloat16 parts (float16 operands only).
   products        ``W Y`` and ``W^T X`` by cuBLAS, accumulated in float32: W in one part and the points in two ("high":
                   2 products each), both in three ("highest": 6), both in one ("medium").
@@ -85,7 +87,7 @@ class Gradients(NamedTuple):
     right: Tensor  # fp32 [n_pad, d_pad], W^T X
     row_sums: Tensor  # fp32 [slices, b_pad], sum_j W B
     col_sums: Tensor  # fp32 [slices, n_pad], sum_i W A
-    parts: Tensor  # fp32 [2 * programs], sum G * measure, then sum W * (d delta / d log c)
+    parts: Tensor  # fp32 [2 * programs], sum G * (logit - reference), then sum G * (d logit / d log c)
 
 
 @triton.jit
@@ -453,6 +455,7 @@ def weights_kernel(
     span = program // groups
     c = tl.load(curv).to(tl.float32)
     gain = _gain(curv, scale, LORENTZ)
+    half_gain = 0.5 * _LN2 * gain
     offset = tl.cast(log_weight, tl.float32)
     row_start = row_first + group * row_span
     row_end = tl.minimum(row_start + row_span, row_first + row_tiles)
@@ -501,26 +504,29 @@ def weights_kernel(
                         measure = tl.where(square < 0.04, sinh * near * _LOG2E, measure)
                 else:
                     measure = value
+                if PAIRS:  # infinitely unlike: no weight, and not a part of any sum
+                    own = (label - start)[:, None] == tl.arange(0, HALF_N)[None, :]
+                    measure = tl.where(own, _FAR if LORENTZ else -_FAR, measure)
                 # twice two differences: the first is nearly exact, as both terms are of one size
                 col_logit = tl.load(reference + cols, mask=col_present, other=0.0)
                 col_shift = tl.where(col_present, tl.load(col_gap + cols) + offset, _INF)
-                grad = tl.exp2(tl.fma(measure, gain, -row_logit[:, None]) - row_shift[:, None])
-                grad = grad * tl.where(col_present, 1.0, 0.0)[None, :] + tl.exp2(
-                    tl.fma(measure, gain, -col_logit[None, :]) - col_shift[None, :]
-                )
+                to_row = tl.fma(measure, gain, -row_logit[:, None])
+                to_col = tl.fma(measure, gain, -col_logit[None, :])
+                grad = tl.exp2(to_row - row_shift[:, None]) * tl.where(col_present, 1.0, 0.0)[None, :]
+                col_grad = tl.exp2(to_col - col_shift[None, :])
+                gain_row += tl.sum(grad * to_row + col_grad * to_col, axis=1)
+                grad += col_grad
                 if not LORENTZ:
                     grad = tl.where(row_present[:, None], grad, 0.0)
-                if PAIRS:
-                    grad = tl.where((label - start)[:, None] == tl.arange(0, HALF_N)[None, :], 0.0, grad)
-                gain_row += tl.sum(grad * measure, axis=1)
                 if LORENTZ:
                     weight = (grad * gain) * inverse
                     gap = a[:, None] - b_time[None, :]
                     slope_gap = row_slope[:, None] - (0.5 * fast_ratio(b_time, 1.0 + b_time))[None, :]
-                    curv_row += tl.sum(weight * (value - gap * slope_gap), axis=1)
+                    # both ways c enters a logit, term by term: next to the root they cancel
+                    curv_row += tl.sum(weight * (value - gap * slope_gap) - (grad * half_gain) * measure, axis=1)
                 else:
                     weight = grad * (gain * _LN2)
-                total = tl.zeros([BM, HALF_N], tl.float32)
+                total = tl.zeros([BM, HALF_N], tl.float32)  # of the rounded parts; weight keeps what they lose
                 for part in tl.static_range(PARTS):
                     rounded = to_bf16(weight)
                     at_row = (row - row_first) * BM
@@ -530,18 +536,18 @@ def weights_kernel(
                     else:
                         target = weights + (at_row + tl.arange(0, BM)).to(tl.int64)[:, None] * width
                         tl.store(target + (at_col + tl.arange(0, HALF_N))[None, :], rounded)
-                    if PARTS == 1:
-                        total = rounded.to(tl.float32)
-                    else:
-                        weight -= rounded.to(tl.float32)
-                        total += rounded.to(tl.float32)
+                    weight -= rounded.to(tl.float32)
+                    total = rounded.to(tl.float32) if PARTS == 1 else total + rounded.to(tl.float32)
                 if LORENTZ:
                     row_sum += tl.sum(total * tl.where(col_present, 1.0 + b_time, 0.0)[None, :], axis=1)
                     _add_columns(col_sums, total * tl.where(row_present, 1.0 + a, 0.0)[:, None], group, n_pad, cols)
+                elif PARTS == 1:
+                    row_sum += tl.sum(weight, axis=1)
+                    _add_columns(col_sums, weight, group, n_pad, cols)
             tl.debug_barrier()  # the slices of column sums are read again at the next row
         gain_part += tl.where(row_present, gain_row, 0.0)
         curv_part += tl.where(row_present, curv_row, 0.0)
-        if LORENTZ:
+        if LORENTZ or PARTS == 1:
             slot = row_sums + tl.cast(b_pad, tl.int64) * span + rows
             tl.store(slot, tl.load(slot) + row_sum)
     tl.store(parts + program, tl.load(parts + program) + tl.sum(gain_part))
@@ -601,7 +607,7 @@ def finish_kernel(
     image, text, labels, row_time, col_time, pair, row_gap, col_gap, reference,
     left_grad, right_grad, row_sums, col_sums, curv, scale, upstream, d_image, d_text, d_pair, parts,
     b, n, b_pad, n_pad, image_stride, text_stride, row_slices, col_slices, row_programs, half_weight,
-    LORENTZ: tl.constexpr, LABELS: tl.constexpr,
+    LORENTZ: tl.constexpr, KIND: tl.constexpr, LABELS: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the points: products, time terms, given pairs. With LABELS the pairs' text part goes to d_pair."""
@@ -626,11 +632,12 @@ def finish_kernel(
         else:
             measure = value
         # probabilities of the pair in its row and in its column, less 1
-        residue = tl.load(pair + 2 * b_pad + row)
-        distance = tl.load(reference + partner, mask=real, other=0.0) - tl.load(pair + b_pad + row)
-        pair_grad = tl.exp2(residue - tl.load(row_gap + row)) - 1.0
-        pair_grad += tl.exp2(residue - (distance + tl.load(col_gap + partner, mask=real, other=0.0))) - 1.0
-        pair_grad = tl.where(real, pair_grad * tl.cast(half_weight, tl.float32), 0.0)
+        to_row = tl.load(pair + 2 * b_pad + row)
+        to_col = to_row - (tl.load(reference + partner, mask=real, other=0.0) - tl.load(pair + b_pad + row))
+        row_grad = tl.exp2(to_row - tl.load(row_gap + row)) - 1.0
+        col_grad = tl.exp2(to_col - tl.load(col_gap + partner, mask=real, other=0.0)) - 1.0
+        present = tl.where(real, tl.cast(half_weight, tl.float32), 0.0)
+        pair_grad = (row_grad + col_grad) * present
         wy = _load_rows(left_grad, row, b, D_PAD, D, BLOCK_D)
         if LORENTZ:
             time_x = 1.0 + tl.load(row_time + row, mask=real, other=0.0)
@@ -641,17 +648,19 @@ def finish_kernel(
             weight = tl.where(square > 0.0, pair_grad * gain / tl.sqrt_rn(tl.maximum(square, 1e-37)), 0.0)
             # the tangent B x / A - y of a pair, from differences
             dx = c * (
-                (_sum_slices(row_sums, row, b_pad, row_slices) / time_x)[:, None] * x
+                (_sum_slices(row_sums, row, b_pad, row_slices) / time_x)[:, None] * _multiplied(x, KIND)
                 - wy
                 + weight[:, None] * (gap - (a_minus_b / time_x)[:, None] * x)
             )
             dy = (c * weight)[:, None] * ((a_minus_b / time_y)[:, None] * y - gap)
             curv_part = weight * (value - 0.5 * (a_minus_b / time_x) * (a_minus_b / time_y))
+            curv_part -= 0.5 * _LN2 * pair_grad * gain * measure
             curv_part = tl.where(real, curv_part, 0.0)
         else:
             weight = pair_grad * gain * _LN2
-            dx = wy + weight[:, None] * y
-            dy = weight[:, None] * x
+            # what the rounded weights lack goes to the row's (column's) own pair, the likeliest near-duplicate
+            dx = wy + (weight + _sum_slices(row_sums, row, b_pad, row_slices))[:, None] * y
+            dy = (weight + _sum_slices(col_sums, partner, n_pad, col_slices))[:, None] * x
             curv_part = tl.zeros([ROWS], tl.float32)
         inside = real[:, None] & inside_d
         target = row.to(tl.int64)[:, None] * D + k[None, :]
@@ -660,29 +669,39 @@ def finish_kernel(
             _store_gradient(d_pair + target, dy * grad_scale, inside)
         else:
             dy += _tile_gradient(
-                right_grad, col_sums, col_time, y, row, n, n_pad, col_slices, c, LORENTZ, D, D_PAD, BLOCK_D
+                right_grad, col_sums, col_time, y, row, n, n_pad, col_slices, c, LORENTZ, KIND, D, D_PAD, BLOCK_D
             )
             _store_gradient(d_text + target, dy * grad_scale, inside)
-        tl.store(parts + program, tl.sum(tl.where(real, pair_grad * measure, 0.0)))
+        # the tiles' sums are relative to the rounded logit of the pair: here is its full one
+        shift = tl.fma(measure, gain, -tl.load(pair + b_pad + row)) - to_row
+        tl.store(parts + program, tl.sum((row_grad * (to_row + shift) + col_grad * (to_col + shift)) * present))
         tl.store(parts + row_programs + program, tl.sum(curv_part))
     else:
         row = (program - row_programs) * ROWS + tl.arange(0, ROWS)
         y = _load_rows(text, row, n, text_stride, D, BLOCK_D)
-        dy = _tile_gradient(right_grad, col_sums, col_time, y, row, n, n_pad, col_slices, c, LORENTZ, D, D_PAD, BLOCK_D)
+        dy = _tile_gradient(
+            right_grad, col_sums, col_time, y, row, n, n_pad, col_slices, c, LORENTZ, KIND, D, D_PAD, BLOCK_D
+        )
         target = row.to(tl.int64)[:, None] * D + k[None, :]
         _store_gradient(d_text + target, dy * grad_scale, (row < n)[:, None] & inside_d)
 
 
 @triton.jit
+def _multiplied(points, KIND: tl.constexpr):
+    """The points that the products were made of: a coinciding pair must have no tangent."""
+    return to_bf16(points).to(tl.float32) if KIND == 0 else points
+
+
+@triton.jit
 def _tile_gradient(
     right_grad, col_sums, col_time, y, row, n, n_pad, slices, c,
-    LORENTZ: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_D: tl.constexpr,
+    LORENTZ: tl.constexpr, KIND: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Gradient of texts by all pairs that are not given: c (sum_i W A / B y - W^T X)."""
     wx = _load_rows(right_grad, row, n, D_PAD, D, BLOCK_D)
     if LORENTZ:
         time = 1.0 + tl.load(col_time + row, mask=row < n, other=0.0)
-        return c * ((_sum_slices(col_sums, row, n_pad, slices) / time)[:, None] * y - wx)
+        return c * ((_sum_slices(col_sums, row, n_pad, slices) / time)[:, None] * _multiplied(y, KIND) - wx)
     else:
         return wx
 
@@ -712,15 +731,12 @@ def scalars_kernel(
         inside = start + index < pair_programs
         gain_sum += tl.load(pair_parts + start + index, mask=inside, other=0.0)
         curv_sum += tl.load(pair_parts + pair_programs + start + index, mask=inside, other=0.0)
-    gain_grad = tl.sum(gain_sum) * tl.load(upstream).to(tl.float32)
+    gain_grad = tl.sum(gain_sum) * _LN2 * tl.load(upstream).to(tl.float32)
     curv_grad = tl.sum(curv_sum) * tl.load(upstream).to(tl.float32)
+    tl.store(d_scale, gain_grad / tl.load(scale).to(tl.float32))
     if LORENTZ:
-        c = tl.load(curv).to(tl.float32)
-        gain_grad *= _LN2
-        tl.store(d_scale, -gain_grad / tl.sqrt_rn(c))
-        tl.store(d_curv, (curv_grad - 0.5 * gain_grad * _gain(curv, scale, LORENTZ)) / c)
+        tl.store(d_curv, curv_grad / tl.load(curv).to(tl.float32))
     else:
-        tl.store(d_scale, gain_grad)
         tl.store(d_curv, 0.0)
 
 
@@ -767,6 +783,7 @@ class TritonEngine:
         self.weight_parts = 3 if precision == "highest" else 1
         self.point_parts = 1 if plain else 3 if self.kind == SPLIT and precision == "highest" else 2
         self.curv, self.scale = curv, scale
+        self._forward_name = "forward" if self.lorentz else "forward_cosine"
         self._weights_name = "weights" if self.weight_parts == 1 else "weights_highest"
 
     def prepare(self, image: Tensor, text: Tensor, labels: Tensor | None) -> tuple[Side, Side, Tensor]:
@@ -828,7 +845,7 @@ class TritonEngine:
         def run(tiles: Tiles) -> tuple[Tensor, Tensor, Tensor]:
             return self._forward(tiles, left, right, pair, reference, has_pairs, labels, counts, b, loss_weight)
 
-        return run(tiles_for("forward", left.time.device, key, run))
+        return run(tiles_for(self._forward_name, left.time.device, key, run))
 
     def _forward(
         self,
@@ -993,13 +1010,16 @@ class TritonEngine:
         d_pair = d_image if labels is None else torch.empty_like(d_image)
         parts = row_gap.new_empty(2 * row_programs)
         d_curv, d_scale = row_gap.new_empty(()), row_gap.new_empty(())
+        if labels is not None and not self.lorentz:  # a text's correction is shared by its images
+            counts = torch.zeros_like(tiles.col_sums[0]).scatter_add(0, labels, row_gap.new_ones(b))
+            tiles.col_sums.div_(counts.clamp_min(1))
         finish_kernel[(row_programs + text_programs,)](
             image, text, pair if labels is None else labels, left.time, right.time, pair, row_gap, col_gap, reference,
             tiles.left, tiles.right, tiles.row_sums, tiles.col_sums, self.curv, self.scale, upstream,
             d_image, d_text, d_pair, parts,
             b, n, len(left.time), len(right.time), image.stride(0), text.stride(0),
             len(tiles.row_sums), len(tiles.col_sums), row_programs, half_weight,
-            LORENTZ=self.lorentz, LABELS=labels is not None, D=width, **options,
+            LORENTZ=self.lorentz, KIND=self.kind, LABELS=labels is not None, D=width, **options,
         )  # fmt: skip
         if labels is not None:
             d_text.index_put_((labels,), d_pair, accumulate=True)  # sorts the labels: deterministic
@@ -1023,7 +1043,11 @@ class TritonEngine:
         found = []
         kind = "bf16" if self.kind == PLAIN else "fp16"
         variant = f"{'lorentz' if self.lorentz else 'cosine'},{self.precision}{',pairs' if pairs else ''}"
-        names = (forward_kernel, "forward"), (merge_kernel, "forward"), (weights_kernel, self._weights_name)
+        names = (
+            (forward_kernel, self._forward_name),
+            (merge_kernel, self._forward_name),
+            (weights_kernel, self._weights_name),
+        )
         for kernel, name in names:
             tiles = TABLE[name, capability][0]
             extra = {"PARTS": self.weight_parts, "HALVES": tiles.halves} if kernel is weights_kernel else {}
@@ -1168,7 +1192,7 @@ def _row_specs() -> "list[CompileSpec]":
         _spec(
             prepare_kernel, "contrastive,high", {"left": "*fp16", "right": "*fp16"}, rows | {"KIND": SPLIT}, None, None
         ),
-        _spec(finish_kernel, "contrastive", {}, rows, None, None),
+        _spec(finish_kernel, "contrastive", {}, rows | {"KIND": SPLIT}, None, None),
         replace(
             _spec(
                 expand_kernel,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 TILE_ROWS, TILE_COLS = 512, 1024  # the five buffers of a tile stay in the last-level cache
 SAFE_REBASE = 58.0  # what a rebased exponential loses is below 2^-58, less than float64 resolves
+FAR = 1e9  # a measure that leaves no weight, and times a weight of 0 is 0
 LN2 = math.log(2)
 
 
@@ -45,9 +46,9 @@ class Gradients(NamedTuple):
 
     left: Tensor  # W right, [b, K]
     right: Tensor  # W^T left, [n, K]
-    row_sums: Tensor  # [0, b], columns of `left` here
-    col_sums: Tensor  # [0, n], columns of `right` here
-    parts: Tensor  # [2] float64: sum G * measure, sum W * delta
+    row_sums: Tensor  # [blocks, b], of the row softmaxes
+    col_sums: Tensor  # [blocks, n], of the column softmaxes
+    parts: Tensor  # [2] float64: sum G * (logit - reference), sum W * delta
 
 
 def shifted_time(points: Tensor, curv: Tensor) -> Tensor:
@@ -151,26 +152,29 @@ class TorchEngine:
         x, y = left.matrix, right.matrix
         row_shift, col_shift = row_gap + log_weight, col_gap + log_weight
         left_grad, right_grad = torch.zeros_like(x), torch.zeros_like(y)
+        row_sums, col_sums = x.new_zeros(1, len(x)), x.new_zeros(1, len(y))
         parts = x.new_zeros(2, dtype=torch.float64)
         buffers = x.new_empty(5, TILE_ROWS * TILE_COLS)
         columns = _columns(x, labels) if has_pairs else None
         for rows, cols in _tiles(len(x), len(y)):
             value = self._tile_values(x, y, rows, cols, buffers[0])
             measure, root = self._measure(value, buffers[1], buffers[2])
-            shifts = pair[1, rows], row_shift[rows], reference[cols], col_shift[cols]
-            grad = self._softmaxes(measure, *shifts, buffers[3], buffers[4])
             if columns is not None:
-                _put(grad, grad.new_zeros(len(grad)), columns[rows] - cols.start)
-            parts[0] += torch.dot(grad.view(-1), measure.view(-1))
+                far = measure.new_full((len(measure),), FAR if self.lorentz else -FAR)
+                _put(measure, far, columns[rows] - cols.start)
+            shifts = pair[1, rows], row_shift[rows], reference[cols], col_shift[cols]
+            grad, moment, row_sum, col_sum = self._softmaxes(measure, *shifts, buffers[3], buffers[4])
+            parts[0] += moment
+            row_sums[0, rows] += row_sum
+            col_sums[0, cols] += col_sum
             if self.lorentz:  # d arcosh(1 + delta) / d delta = 1 / root; coinciding points have no direction: 0
                 grad.div_(torch.threshold_(root, 0, math.inf))
-                parts[1] += torch.dot(grad.view(-1), value.view(-1))
+                parts[1] += value.mul_(grad).sum(dtype=torch.float64)
             left_grad[rows].addmm_(grad, y[cols])
             right_grad[cols].addmm_(grad.T, x[rows])
         if self.lorentz:
             parts[1] *= self.gain
-        no_sums = x.new_empty(0, len(x)), x.new_empty(0, len(y))
-        return Gradients(left_grad.mul_(self.gain), right_grad.mul_(self.gain), *no_sums, parts)
+        return Gradients(left_grad.mul_(self.gain), right_grad.mul_(self.gain), row_sums, col_sums, parts)
 
     def finish(
         self,
@@ -193,16 +197,23 @@ class TorchEngine:
         partner = y[mine]
         # probabilities of the pair in its row and in its column, less 1
         col_own = (reference[mine] - pair[1]) + col_gap[mine]
-        pair_grad = (torch.expm1(-LN2 * row_gap) + torch.expm1(-LN2 * col_own)) * half_weight
+        col_grad = torch.expm1(-LN2 * col_own) * half_weight
+        row_grad = torch.expm1(-LN2 * row_gap) * half_weight
+        pair_grad = row_grad + col_grad
+        moment = tiles.parts[0] + (col_grad * (pair[1] - reference[mine])).sum(dtype=torch.float64)
+        dlog = moment * LN2  # dL / d log scale
         if self.lorentz:
-            grads = self._finish_lorentz(x, y, partner, labels, left.time, right.time, pair_grad, tiles)
+            # in exact arithmetic 0: what the tiles' rounding adds to the gradients of a row, or column, of logits
+            excess = tiles.row_sums.sum(0) + row_grad + _shared(tiles.col_sums.sum(0), col_grad, labels)
+            dx, dy, dcurv = self._finish_lorentz(
+                x, y, partner, labels, left.time, right.time, pair_grad, pair_grad - excess, tiles
+            )
+            dcurv = (dcurv - dlog / 2) / self.curv
         else:
             weight = (pair_grad * self.gain)[:, None]
-            dx, dy = tiles.left.addcmul_(weight, partner), tiles.right
+            dx, dy, dcurv = tiles.left.addcmul_(weight, partner), tiles.right, torch.zeros_like(dlog)
             _add_rows(dy, labels, weight * x)
-            dscale = tiles.parts[0] + (pair_grad * pair[0]).sum(dtype=torch.float64)
-            grads = dx, dy, torch.zeros_like(dscale), dscale
-        dx, dy, dcurv, dscale = (grad.mul_(upstream) for grad in grads)
+        dx, dy, dcurv, dscale = (grad.mul_(upstream) for grad in (dx, dy, dcurv, dlog / self.scale))
         return dx.to(image.dtype), dy.to(text.dtype), dcurv.to(self.dtype), dscale.to(self.dtype)
 
     def _finish_lorentz(
@@ -214,13 +225,14 @@ class TorchEngine:
         time_a: Tensor,
         time_b: Tensor,
         pair_grad: Tensor,
+        balanced: Tensor,
         tiles: Gradients,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of x and y, and by log c through ``delta``, of ``balanced`` gradients of the pairs."""
         curv, dim = self.curv, x.shape[1]
         pairs = self._pairs(x, partner)
         root = torch.sqrt(pairs.delta * (pairs.delta + 2))
-        measure = torch.log1p(pairs.delta + root)
-        weight = pair_grad * self.gain / torch.nn.functional.threshold(root, 0, math.inf)
+        slope = self.gain / torch.nn.functional.threshold(root, 0, math.inf)
         slope_a, slope_b = time_a / (1 + time_a), time_b / (1 + time_b)
         row_time, row_b = tiles.left[:, dim], tiles.left[:, dim + 1]  # W B, W b
         col_a, col_one = tiles.right[:, dim], tiles.right[:, dim + 1]  # W^T a, W^T 1
@@ -230,18 +242,17 @@ class TorchEngine:
         squares += (slope_b * (time_b * col_one - col_a)).sum(dtype=torch.float64)
         ratio_x, ratio_y = pairs.a_minus_b / pairs.time_x, pairs.a_minus_b / pairs.time_y
         dlog = tiles.parts[1] - squares / 2
-        dlog = dlog + (weight * (pairs.delta - ratio_x * ratio_y / 2)).sum(dtype=torch.float64)
-        dgain = tiles.parts[0] + (pair_grad * measure).sum(dtype=torch.float64)
+        dlog = dlog + (balanced * slope * (pairs.delta - ratio_x * ratio_y / 2)).sum(dtype=torch.float64)
 
         dx = x * (curv * row_time / (1 + time_a))[:, None]
         dx.addcmul_(tiles.left[:, :dim], curv, value=-1)
         dy = y * (curv * (col_a + col_one) / (1 + time_b))[:, None]
         dy += tiles.right[:, :dim]
         # the pair's tangent B x / A - y = (x - y) - x (a - b) / A: no digits lost for close pairs
-        weight = (weight * curv)[:, None]
+        weight = (pair_grad * slope * curv)[:, None]
         dx.addcmul_(weight, pairs.gap - x * ratio_x[:, None])
         _add_rows(dy, labels, weight * (partner * ratio_y[:, None] - pairs.gap))
-        return dx, dy, (dlog - dgain * self.gain / 2) / curv, -dgain / curv.sqrt()
+        return dx, dy, dlog
 
     def _pairs(self, x: Tensor, y: Tensor) -> Pairs:
         """``delta`` of matching rows, at any norm without cancellation.
@@ -292,21 +303,26 @@ class TorchEngine:
         col_shift: Tensor,
         buffer: Tensor,
         other_buffer: Tensor,
-    ) -> Tensor:
-        """Both softmaxes times their weights, added: ``2^(logit - row_logit - row_shift)`` and the same of the columns.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Both softmaxes times their weights, added; their sum times the logit less the reference; sums of each.
 
-        Two differences each: the first loses nothing, as both terms are of one size. One exp where that is exact.
+        ``2^(logit - row_logit - row_shift)`` and the same of the columns. Two differences each: the first loses
+        nothing, as both terms are of one size. One exp where that is exact. Overwrites ``measure``.
         """
-        grad = torch.mul(measure, self.gain2, out=_view(buffer, measure.shape))
-        other = _view(other_buffer, measure.shape)
+        to_row = torch.mul(measure, self.gain2, out=_view(buffer, measure.shape)).sub_(row_logit[:, None])
+        to_col = measure.mul_(self.gain2).sub_(col_logit)
+        grad = torch.sub(to_row, row_shift[:, None], out=_view(other_buffer, measure.shape)).exp2_()
+        moment, row_sum = to_row.mul_(grad).sum(), grad.sum(1)
+        col_grad = to_row  # its buffer
         top = (row_logit + row_shift).argmax()
         rebase = (row_logit[top] - col_logit) + (row_shift[top] - col_shift)
         if _known(rebase.max() < SAFE_REBASE):
-            grad.sub_(row_logit[:, None]).sub_(row_shift[:, None]).exp2_()
             down = (row_logit - row_logit[top]) + (row_shift - row_shift[top])
-            return grad.addcmul_(torch.mul(grad, down.exp2_()[:, None], out=other), rebase.exp2_())
-        torch.sub(grad, col_logit, out=other).sub_(col_shift).exp2_()
-        return grad.sub_(row_logit[:, None]).sub_(row_shift[:, None]).exp2_().add_(other)
+            torch.mul(grad, down.exp2_()[:, None], out=col_grad).mul_(rebase.exp2_())
+        else:
+            torch.sub(to_col, col_shift, out=col_grad).exp2_()
+        moment, col_sum = moment + to_col.mul_(col_grad).sum(), col_grad.sum(0)
+        return grad.add_(col_grad), moment, row_sum, col_sum
 
 
 def _columns(x: Tensor, labels: Tensor | None) -> Tensor:
@@ -336,6 +352,14 @@ def _add_rows(target: Tensor, index: Tensor | None, rows: Tensor) -> None:
         target += rows
     else:
         target.index_put_((index,), rows, accumulate=True)
+
+
+def _shared(col_sum: Tensor, col_grad: Tensor, labels: Tensor | None) -> Tensor:
+    """Sum of each column's gradients, its pairs' included, in equal shares to its pairs. ``[b]``"""
+    if labels is None:
+        return col_sum + col_grad
+    total = col_sum.index_add(0, labels, col_grad)
+    return (total / torch.zeros_like(col_sum).index_add_(0, labels, torch.ones_like(col_grad)))[labels]
 
 
 def _known(condition: Tensor) -> bool:

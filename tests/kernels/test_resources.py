@@ -26,19 +26,16 @@ def test_nothing_spills_on_sm_90() -> None:
 
 
 def test_contrastive_kernels_keep_their_pipeline() -> None:
-    """wgmma with one group in flight, tiles by TMA, and the promised registers, shared memory and epilogue."""
+    """wgmma with one group in flight, tiles by TMA, two programs on an SM and the promised epilogue."""
     rows = [row for row in TABLE.values() if row.arch == "sm_90" and row.name.startswith(("forward[", "weights["))]
     assert len(rows) == 12
     for row in rows:
         assert row.wait_depth >= 1, row
         assert row.mma > 0, row
         assert row.async_copies > 0, row
+        assert row.programs_per_sm >= 2, row
         if row.name.startswith("forward["):
-            assert row.per_output <= 30.5, row
-        if row.name.startswith("forward[lorentz"):
-            assert row.registers <= 128, row
-            assert row.shared <= 113 * 1024, row
-            assert row.programs_per_sm == 2, row
+            assert row.per_output <= 30, row
 
 
 @pytest.mark.parametrize("name", SAMPLE)

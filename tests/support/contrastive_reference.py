@@ -1,4 +1,6 @@
-"""The contrastive loss written down plainly: the whole logit matrix, in the dtype of its inputs."""
+"""The contrastive loss written down plainly (the whole logit matrix, in the dtype of its inputs), and its contract."""
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -48,3 +50,38 @@ def embeddings(rows: int, width: int, norm: float, kind: str, seed: int = 0) -> 
             text[2] = text[3] * (1 + 1e-4)  # two captions that hardly differ
             image[3] = text[3]  # an image on its caption
     return norm * image, norm * text
+
+
+FLOOR = 4 * 2.0**-23  # four roundings of fp32 of the natural size of a result: where PyTorch happens to be exact
+DRAWS = 5  # an error of PyTorch is the largest of so many draws: that of one is partly luck
+
+
+def outcome(loss: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """The loss and its gradients by image, text, curv, logit_scale."""
+    leaves = [value.detach().clone().requires_grad_() for value in inputs]
+    value = loss(*leaves)
+    grads = torch.autograd.grad(value, leaves, allow_unused=True)
+    return [value.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True))]
+
+
+def errors(results: list[Tensor], exact: list[Tensor]) -> list[float]:
+    """Of a gradient of points as one vector: its direction is what training follows."""
+    return [(mine.double() - truth).norm().item() for mine, truth in zip(results, exact, strict=True)]
+
+
+def sizes(inputs: list[Tensor], exact: list[Tensor]) -> list[float]:
+    """The natural size of each result: a gradient that nearly vanishes is still made of terms of this size."""
+    image, _, curv, scale = (value.double() for value in inputs)
+    reach = float((image * curv.sqrt()).norm(dim=1).mean().asinh() / curv.sqrt())
+    points = float(scale) / len(image) ** 0.5
+    natural = [1.0, points, points, reach * float(scale / curv), reach]
+    return [max(value.norm().item(), size) for value, size in zip(exact, natural, strict=True)]
+
+
+def pytorch_errors(draws: list[list[Tensor]], geometry: str, dtype: torch.dtype) -> list[float]:
+    """The largest error of each result of the plain formulas in a dtype, over inputs drawn alike."""
+    found = []
+    for inputs in draws:
+        exact = outcome(lambda *x: eager_loss(*x, geometry), [value.double() for value in inputs])
+        found.append(errors(outcome(lambda *x: eager_loss(*x, geometry), [v.to(dtype) for v in inputs]), exact))
+    return [max(column) for column in zip(*found, strict=True)]
