@@ -11,6 +11,9 @@ from meru_fast.training.settings import TrainSettings
 
 AUTO = "auto"
 PRECISIONS = ("fp16", "bf16", "torch_autocast")
+#: What resolve() looks into: blocks, and whole numbers.
+BLOCKS = ("zero_optimization", *PRECISIONS, "optimizer", "scheduler", "checkpoint", "nebula")
+NUMBERS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
 def read(path: str | os.PathLike | None) -> dict[str, Any]:
@@ -51,6 +54,7 @@ def resolve(
     """
     config = copy.deepcopy(given)
     config.pop("$comment", None)
+    _check_types(config)
     _fill(config, "gradient_accumulation_steps", settings.accumulation_steps)
     _fill(config, "gradient_clipping", settings.gradient_clipping)
     _fill(config, "train_batch_size", settings.total_batch_size)
@@ -87,6 +91,19 @@ def offloads(config: dict[str, Any], what: str) -> bool:
     """Whether `what` ("optimizer" or "param") lives in host memory or on disk."""
     block = config.get("zero_optimization", {}).get(f"offload_{what}") or {}
     return block.get("device", "none") not in ("none", None)
+
+
+def _check_types(config: dict[str, Any]) -> None:
+    for name in BLOCKS:
+        if not isinstance(config.get(name, {}), dict):
+            raise ConfigError(f"DeepSpeed config: {name}={config[name]!r} should be an object, {{...}}")
+    values = {name: config[name] for name in NUMBERS if name in config}
+    if "stage" in config.get("zero_optimization", {}):
+        values["zero_optimization.stage"] = config["zero_optimization"]["stage"]
+    for name, value in values.items():
+        least = 0 if name.endswith("stage") else 1
+        if value != AUTO and (type(value) is not int or value < least):
+            raise ConfigError(f'DeepSpeed config: {name}={value!r} should be a whole number from {least} on, or "auto"')
 
 
 def _fill(block: dict[str, Any], key: str, value: Any) -> None:

@@ -72,6 +72,10 @@ def test_optimizer_and_scheduler_blocks_are_filled_from_the_config():
         ({"zero_optimization": {"stage": 4}}, {}, "stage=4"),
         ({"checkpoint": {"load_universal": True}}, {}, "load_universal"),
         ({"managed_gradient_accumulation": False}, {}, "managed_gradient_accumulation"),
+        ({"zero_optimization": 2}, {}, "zero_optimization=2 should be an object"),
+        ({"zero_optimization": {"stage": "two"}}, {}, r"zero_optimization\.stage='two' should be a whole number"),
+        ({"gradient_accumulation_steps": 0}, {}, "gradient_accumulation_steps=0 should be"),
+        ({"train_batch_size": "64"}, {}, "train_batch_size='64' should be"),
     ],
 )
 def test_contradictions_are_errors(given, settings, message):
