@@ -19,6 +19,7 @@ import importlib.util
 import inspect
 import itertools
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -31,6 +32,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 TARGET = "_target_"
+TRUST = "MERU_FAST_TRUST"  # variable with the packages, comma-separated, that YAML files may name too
+YAML_TARGETS = re.compile(
+    r"meru_fast\.(data|models|evaluation(\.[a-z_]+)?|training\.optim)\.(build_\w+|[A-Z]\w*)"
+    r"|torch\.(nn|optim(\.lr_scheduler)?)\.[A-Z]\w*"
+)
 PACKAGED = "meru_fast.configs"
 
 _load_lock = threading.RLock()
@@ -69,7 +75,9 @@ def load(path: str | os.PathLike, overrides: Iterable[str] = ()) -> DictConfig:
         ``evaluator``, ...); of YAML the whole document.
 
     Raises:
-        ConfigError: no such file, a file that fails, an unknown key (the nearest valid one is named), a wrong type.
+        ConfigError: no such file, a file that fails, an unknown key (the nearest valid one is named), a wrong type, or
+            YAML that names code of other packages than torch's layers and optimizers and ours (a Python config may:
+            it is code itself). The environment variable MERU_FAST_TRUST=package,package allows more.
     """
     file = find(path)
     config = _load_python(file) if file.suffix == ".py" else _load_yaml(file)
@@ -77,7 +85,7 @@ def load(path: str | os.PathLike, overrides: Iterable[str] = ()) -> DictConfig:
 
 
 def find(path: str | os.PathLike) -> Path:
-    """The file that `path` means: itself, or the packaged config of that name."""
+    """The file that `path` means: itself, or the packaged config of that name. Raises ConfigError if neither is."""
     path = Path(path).expanduser()
     if path.is_file():
         if path.suffix not in (".py", ".yaml", ".yml"):
@@ -312,7 +320,22 @@ def _load_yaml(file: Path) -> DictConfig:
         raise ConfigError(f"{file}: not valid YAML: {error}") from error
     if not isinstance(config, DictConfig) or not config:
         raise ConfigError(f"{file}: expected a mapping with dataset, model, optim and train")
+    _refuse_foreign_code(OmegaConf.to_container(config), file)
     return config
+
+
+def _refuse_foreign_code(node: Any, file: Path) -> None:
+    """A YAML file is data, from anywhere: it may name what configs are made of here, and nothing that runs commands."""
+    if isinstance(node, dict):
+        target = node.get(TARGET)
+        own = str(target).partition(".")[0] in os.environ.get(TRUST, "").split(",")
+        if target is not None and not own and not YAML_TARGETS.fullmatch(str(target)):
+            raise ConfigError(
+                f"{file}: refused, its {TARGET} {target!r} is code that no config of meru_fast names. If you trust the "
+                f"file and that package, set {TRUST}={str(target).partition('.')[0]}, or write the config in Python"
+            )
+    for value in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        _refuse_foreign_code(value, file)
 
 
 def _packaged_folder() -> Path:

@@ -39,12 +39,14 @@ def test_help_is_quick_and_imports_nothing_heavy():
         assert text in done.stdout
 
 
-@pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name != "bench"])
+@pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_explains_itself(name, capsys):
+    """By its own name, with examples, in lines that a terminal shows."""
     assert cli.main([name, "--help"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("usage: ")
-    assert f"{name} --" in text or "example" in text or "meru-fast" in text or "python scripts" in text
+    assert text.startswith(f"usage: meru-fast {name} ")
+    assert f"  meru-fast {name}" in text.partition("usage: ")[2] or f'"$(meru-fast {name}' in text
+    assert max(map(len, text.splitlines())) <= 120
 
 
 def test_no_command_prints_the_help_and_a_wrong_one_the_choices(capsys):
@@ -75,6 +77,28 @@ def test_an_error_is_one_line_and_debug_shows_where(tmp_path, capsys):
     assert capsys.readouterr().err == f"error: {missing}: no such file or folder\n"
     assert cli.main([*walk, "--debug"]) == 1
     assert "CheckpointError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (["train", "--config", "{}/nothing.py"], "nothing.py"),
+        (["evaluate", "--config", "{}/nothing.py", "--checkpoint-path", "x.pth"], "nothing.py"),
+        (["report", "--checkpoint-path", "x.pth", "--gallery", "{}/nothing.json"], "nothing.json"),
+        (["index", "{}/nothing.tar"], "nothing.tar"),
+        (["verify", "{}/nothing.tar"], "nothing.tar"),
+        (["plot", "{}/nothing"], "nothing"),
+    ],
+)
+def test_every_command_has_a_line_for_an_error_and_a_traceback_for_debug(tmp_path, capsys, arguments, fault):
+    arguments = [argument.format(tmp_path) for argument in arguments]
+    assert cli.main(arguments) in (1, 2)
+    captured = capsys.readouterr().err
+    assert captured.startswith("error: ")
+    assert fault in captured
+    assert len(captured.splitlines()) == 1
+    assert cli.main([*arguments, "--debug"]) in (1, 2)
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
 
 
 def test_exit_statuses_reach_the_shell(tmp_path):

@@ -3,10 +3,13 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torchvision.transforms import InterpolationMode
 
@@ -204,3 +207,74 @@ def test_loading_a_config_is_light():
         "import sys; from meru_fast import config; config.load('train_meru_vit_l'); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=os.sep)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "subprocess.Popen",
+        "builtins.eval",
+        "torch.load",
+        "torch.hub.load",
+        "meru_fast.config.load",
+        "meru_fast.cli.main",
+        "meru_fast.training.launch.subprocess.Popen",
+        "meru_fast.data.loader.os.system",
+    ],
+)
+def test_yaml_runs_no_foreign_code(tmp_path, monkeypatch, target):
+    file = tmp_path / "config.yaml"
+    file.write_text(f"model:\n  towers:\n  - {{_target_: {target}, command: touch {tmp_path}/ran}}\n")
+    with pytest.raises(ConfigError, match=f"config.yaml: refused, its _target_ '{target}'.*MERU_FAST_TRUST="):
+        config.load(file)
+    monkeypatch.setenv("MERU_FAST_TRUST", f"mine,{target.partition('.')[0]}")
+    assert config.load(file).model.towers[0]["_target_"] == target
+    assert not (tmp_path / "ran").exists()
+
+
+def test_yaml_makes_no_objects(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(f"model: !!python/object/apply:os.system ['touch {tmp_path}/ran']\n")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        config.load(file)
+    assert not (tmp_path / "ran").exists()
+
+
+KEYS = st.from_regex(r"[a-z][a-z0-9_]{0,8}", fullmatch=True)
+VALUES = st.none() | st.booleans() | st.integers(-(10**12), 10**12) | st.floats(allow_nan=False) | st.text(max_size=20)
+TREES = st.recursive(VALUES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.dictionaries(KEYS, TREES, min_size=1, max_size=4))
+def test_any_config_survives_its_yaml(tree):
+    """Texts that YAML could take for numbers, dates or booleans included."""
+    with tempfile.TemporaryDirectory() as folder:
+        call = LazyCall("torch.nn.Linear")(**dict.fromkeys(tree))
+        recorded = OmegaConf.create({"train": call, "x": _quoted(tree)})
+        config.save(recorded, Path(folder) / "config.yaml")
+        assert config.load(Path(folder) / "config.yaml") == recorded
+
+
+def _quoted(tree):
+    """Dollar signs would be OmegaConf's interpolations."""
+    if isinstance(tree, dict):
+        return {key: _quoted(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_quoted(value) for value in tree]
+    return tree.replace("$", "S") if isinstance(tree, str) else tree
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=40))
+def test_any_override_is_applied_or_refused(text):
+    base = OmegaConf.create({"train": {"steps": 5, "name": "a"}})
+    for override in (text, f"train.steps={text}", f"train.name={text}", f"+train.new={text}"):
+        try:
+            changed = config.apply_overrides(base, [override])
+        except ConfigError as error:
+            assert str(error)  # noqa: PT017
+        else:
+            assert isinstance(changed.train.steps, int | None)
+    assert base == {"train": {"steps": 5, "name": "a"}}

@@ -1,6 +1,8 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from meru_fast.data.captions import Caption, compose, parse, segment
 from meru_fast.data.errors import BadSampleError
@@ -48,3 +50,20 @@ def test_an_empty_caption_is_supervised_by_its_subreddit():
 
 def test_names_without_words_stay():
     assert segment("___") == "___"
+
+
+@given(text=st.text(), subreddit=st.text(min_size=1), extra=st.dictionaries(st.text(), st.integers()))
+def test_any_caption_comes_back_as_it_was(text, subreddit, extra):
+    record = extra | {"caption": text, "subreddit": subreddit}
+    if not any("\ud800" <= letter <= "\udfff" for letter in text + subreddit + "".join(extra)):
+        assert parse(json.dumps(record, ensure_ascii=False).encode(), is_txt=False) == (text, subreddit)
+    assert parse(json.dumps(record).encode(), is_txt=False) == (text, subreddit)
+
+
+@given(data=st.binary(), is_txt=st.booleans())
+def test_any_bytes_are_a_caption_or_refused(data, is_txt):
+    try:
+        found = parse(data, is_txt)
+    except BadSampleError:
+        return
+    assert isinstance(found.text, str)

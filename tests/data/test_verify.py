@@ -49,7 +49,9 @@ def test_command(shards, capsys):
         rows = list(csv.DictReader(file))
     assert {(row["shard"].rpartition("/")[2], row["key"], row["reason"].split(":")[0]) for row in rows} == EXPECTED
     assert verify.main([f"{shards}/shard_*.tar", "--quiet"]) == 0
-    assert verify.main([str(shards / "none.tar")]) == 2
+    with pytest.raises(SystemExit) as stop:
+        verify.main([str(shards / "none.tar")])
+    assert stop.value.code == 2
 
 
 def test_nothing_there(tmp_path):
