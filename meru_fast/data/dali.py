@@ -7,6 +7,7 @@ the whole batch: its images are then decoded one at a time, and those that fail 
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from meru_fast.data.dataset import Encoded, LocalBatch, TrainingSet
 from meru_fast.data.errors import BadSampleError
 from meru_fast.data.stage import DeviceStage
 from meru_fast.data.transforms import Window
+
+_TYPES: Any = types  # its members are made at run time
 
 log = logging.getLogger(__name__)
 
@@ -76,17 +79,17 @@ class DaliDecoder:
     def _build(self) -> None:
         self._pipeline = Pipeline(**self._options)
         with self._pipeline:
-            files = fn.external_source(name="files", dtype=types.UINT8, ndim=1)
-            corners = fn.external_source(name="corners", dtype=types.INT32, ndim=1)
-            shapes = fn.external_source(name="shapes", dtype=types.INT32, ndim=1)
+            files = fn.external_source(name="files", dtype=_TYPES.UINT8, ndim=1)
+            corners = fn.external_source(name="corners", dtype=_TYPES.INT32, ndim=1)
+            shapes = fn.external_source(name="shapes", dtype=_TYPES.INT32, ndim=1)
             images = fn.decoders.image(
-                files, device=self._decoder_device, output_type=types.RGB, adjust_orientation=False
+                files, device=self._decoder_device, output_type=_TYPES.RGB, adjust_orientation=False
             )
-            images = fn.slice(images, corners, shapes, axes=(0, 1), normalized_anchor=False, normalized_shape=False)
-            images = fn.resize(
-                images, size=(self.image_size, self.image_size), interp_type=types.INTERP_CUBIC, antialias=True
+            cut = fn.slice(images, corners, shapes, axes=(0, 1), normalized_anchor=False, normalized_shape=False)
+            resized: Any = fn.resize(
+                cut, size=(self.image_size, self.image_size), interp_type=_TYPES.INTERP_CUBIC, antialias=True
             )
-            self._pipeline.set_outputs(fn.transpose(images, perm=(2, 0, 1)))
+            self._pipeline.set_outputs(fn.transpose(resized, perm=(2, 0, 1)))
         self._pipeline.build()
 
 

@@ -206,6 +206,7 @@ class TrainingSet:
         tokens = batch.tokens.to("cpu").to_list()
         tokens[row] = self._tokenize([good.text]).ids
         batch.tokens = PackedTokens.from_list(tokens, self.context_length)
+        assert good.pixels is not None  # as DALI is not to decode it
         return good.pixels
 
     def _good_row(
@@ -216,12 +217,12 @@ class TrainingSet:
         The chain jumps through the whole set: a broken shard is replaced from all over, not by its one neighbour.
         """
         part = self.mixture[origin.set]
-        defects = []
+        defects: list[Defect] = []
         for attempt in range(MAX_REPLACEMENTS):
             sample = origin.sample
             if attempt:
-                key = (part.seed, origin.epoch, origin.sample, keyed.REPLACEMENT, attempt)
-                sample = int(keyed.bits(*key) % np.uint64(len(part.samples)))
+                place = (part.seed, origin.epoch, origin.sample, keyed.REPLACEMENT, attempt)
+                sample = int(keyed.bits(*place) % np.uint64(len(part.samples)))
             if self.on_sample:
                 self.on_sample(step, origin.set, sample)
             try:
@@ -270,4 +271,5 @@ def _encoded(rows: list[_Row]) -> Encoded | None:
         return None
     files = [rows[position].jpeg for position in left]
     data = torch.frombuffer(bytearray(b"".join(files)), dtype=torch.uint8)
-    return Encoded(data, [len(file) for file in files], [rows[position].window for position in left], left)
+    windows = [window for position in left if (window := rows[position].window) is not None]
+    return Encoded(data, [len(file) for file in files], windows, left)

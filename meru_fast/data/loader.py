@@ -4,7 +4,7 @@ import importlib.util
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +78,7 @@ class Loader:
         self._seen = 0
         self._reasons: Counter[str] = Counter()
         self._logged: set[tuple[str, str]] = set()
-        self._running: Iterator[Batch] | None = None
+        self._running: Generator[Batch, None, None] | None = None
         self._workers: Workers | None = None
         self._stage: DeviceStage | None = None
 
@@ -128,28 +128,22 @@ class Loader:
             fingerprint = int(keyed.bits(fingerprint, part.samples.fingerprint, part.quota, *order)) >> 1
         return {"seed": self.seed, "batch_size": self.dataset.batch_size, "fingerprint": fingerprint}
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Generator[Batch, None, None]:
         # Workers first: they fork, and DALI starts threads.
-        self._workers = Workers(
-            self.dataset, self._step, self.num_workers, self.timeout, pin=self.device.type == "cuda"
-        )
+        workers = Workers(self.dataset, self._step, self.num_workers, self.timeout, pin=self.device.type == "cuda")
+        self._workers = workers
         try:
-            self._stage = self._new_stage()
-            ahead = self._start()
+            stage = self._stage = self._new_stage()
+            ahead = _start(workers, stage)
             while True:
                 batch = ahead
-                images = self._stage.finish(batch)
+                images = stage.finish(batch)
                 self._account(batch)
-                ahead = self._start()
+                ahead = _start(workers, stage)
                 self._step = batch.step + 1
                 yield Batch(images, batch.tokens, batch.keys, batch.step // self.batches_per_epoch, batch.step)
         finally:
-            self._workers.close()
-
-    def _start(self) -> LocalBatch:
-        batch = next(self._workers)
-        self._stage.start(batch)
-        return batch
+            workers.close()
 
     def _new_stage(self) -> DeviceStage:
         if not self.dataset.for_dali:
@@ -176,6 +170,13 @@ class Loader:
                 f"{bad:,} of {self._seen:,} samples were bad, more than max_bad_fraction={self.max_bad_fraction:g} "
                 f"allows. List them with `meru-fast verify`. Reasons:\n{reasons}"
             )
+
+
+def _start(workers: Workers, stage: DeviceStage) -> LocalBatch:
+    """The next batch, with its decoding begun."""
+    batch = next(workers)
+    stage.start(batch)
+    return batch
 
 
 _RESUME_HINTS = {

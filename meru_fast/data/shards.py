@@ -27,13 +27,11 @@ def patterns(shards: str | os.PathLike | Iterable) -> list[str]:
 
     A string may join several with `::` and hold brace ranges (`shard_{00000..00099}.tar`); a list may mix all forms.
     """
-    if isinstance(shards, os.PathLike):
-        shards = os.fspath(shards)
-    if not isinstance(shards, str):
+    if not isinstance(shards, (str, os.PathLike)):
         return [pattern for item in shards for pattern in patterns(item)]
     from braceexpand import braceexpand
 
-    expanded = (pattern for part in _split_joined(shards) for pattern in braceexpand(part))
+    expanded = (pattern for part in _split_joined(os.fspath(shards)) for pattern in braceexpand(part))
     return [os.path.expanduser(pattern.removeprefix("file://")) for pattern in expanded]
 
 

@@ -61,7 +61,7 @@ def _check_all(found: ShardSet, chunks: list[range], workers: int | None) -> Ite
             pool.shutdown(cancel_futures=True)
 
 
-_opened: ShardSamples | None = None  # in a checking process: the samples, sent once and not with every chunk
+_opened: ShardSamples  # in a checking process: the samples, sent once and not with every chunk
 
 
 def _open(found: ShardSet) -> None:

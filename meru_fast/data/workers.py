@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from typing import Any, NamedTuple
 
@@ -40,7 +41,7 @@ class _Worker:
     """A worker process as its parent sees it."""
 
     index: int
-    process: multiprocessing.Process
+    process: BaseProcess
     pipe: Connection
     slots: list[Tensor]  # shared uint8 buffers
     beat: np.ndarray  # shared int64 (step, source, sample): what it is at
@@ -78,7 +79,7 @@ class Workers:
 
     def pids(self) -> list[int]:
         """Process ids of the workers, by index."""
-        return [worker.process.pid for worker in self._workers]
+        return [worker.process.pid or 0 for worker in self._workers]
 
     def __iter__(self) -> Iterator[LocalBatch]:
         return self
@@ -263,7 +264,7 @@ def _unpack(parcel: _Parcel, slot: Tensor, pin: bool) -> LocalBatch:
     return LocalBatch(images=images, tokens=tokens.pin_memory() if pin else tokens, **rest)
 
 
-def _kill(processes: list[multiprocessing.Process]) -> None:
+def _kill(processes: list[BaseProcess]) -> None:
     """A stopped process, or one in a hanging read, ignores everything else."""
     for process in processes:
         process.kill()
@@ -280,7 +281,7 @@ def _describe(worker: _Worker, dataset: TrainingSet, state: str) -> str:
     )
 
 
-def _cause_of_death(process: multiprocessing.Process) -> str:
+def _cause_of_death(process: BaseProcess) -> str:
     process.join(5)
     code = process.exitcode
     if code is None or code >= 0:
