@@ -579,7 +579,7 @@ def _sliced(split: Split, source: str) -> Split:
 
 def _webdataset_part(name: str, root: Path, part: str) -> Split | CaptionedImages:
     found = readers.read_webdataset(name, root, _stored_part(name, part))
-    if part == "test" or isinstance(found, CaptionedImages):
+    if part == "test" or isinstance(found, CaptionedImages) or "val" not in protocols()[name].splits:
         return found
     kept = round((1 - HELD_OUT) * 100)
     return _sliced(found, f"train[:{kept}%]" if part == "train" else f"train[{kept}%:]")
