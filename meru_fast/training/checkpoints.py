@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -321,7 +321,12 @@ class Checkpoints:
         barrier()
         self.engine.deepspeed.save_checkpoint(self.root, tag=folder.name, save_latest=False)
         self.writer.save(
-            {"state": dict(state), "param_groups": _hyper_parameters(self.engine)}, str(folder / _rank_file(get_rank()))
+            {
+                "state": dict(state),
+                "param_groups": _hyper_parameters(self.engine),
+                "shapes": self.engine.parameter_shapes(),
+            },
+            str(folder / _rank_file(get_rank())),
         )
         if is_main_process():
             for name, contents in (files or {}).items():
@@ -415,7 +420,7 @@ class Checkpoints:
             differs), and whether the number of processes is the same.
 
         Raises:
-            CheckpointError: it was saved with another ZeRO stage or precision.
+            CheckpointError: it was saved with another ZeRO stage or precision, or of another model.
         """
         manifest = read_manifest(folder)
         for name, now in (("zero_stage", self.engine.stage), ("precision", self.engine.precision)):
@@ -425,12 +430,13 @@ class Checkpoints:
                     "former, or start a new run from its weights (train.init_from)"
                 )
         same = manifest.world_size == get_world_size()
+        rank_file = folder / _rank_file(get_rank() if same else 0)
+        saved = torch.load(rank_file, map_location="cpu", weights_only=False)
+        _check_model(folder, saved["shapes"], self.engine.parameter_shapes())
         if same or manifest.zero_stage == 0:
             self._load(folder)
         else:
             self._load_converted(folder)
-        rank_file = folder / _rank_file(get_rank() if same else 0)
-        saved = torch.load(rank_file, map_location="cpu", weights_only=False)
         # Loading a universal checkpoint (load_hp_checkpoint_state_from_checkpoint_dir_stage3), ZeRO 3 gives all groups
         # the hyper-parameters of the first one, so that weight decay would reach gains and biases; and it gives them
         # one and the same step counter, which every group then advances.
@@ -461,6 +467,17 @@ class Checkpoints:
         barrier()
         if is_main_process():
             shutil.rmtree(converted, ignore_errors=True)
+
+
+def _check_model(folder: Path, saved: Mapping[str, Sequence[int]], ours: Mapping[str, Sequence[int]]) -> None:
+    """Raises CheckpointError naming the first of the parameters that are not the same."""
+    different = [name for name in {**saved, **ours} if saved.get(name) != ours.get(name)]
+    if different:
+        name = different[0]
+        raise CheckpointError(
+            f"{folder} is of another model: {len(different)} parameters differ, such as {name}, "
+            f"{saved.get(name, 'absent')} there and {ours.get(name, 'absent')} here; choose another --output-dir"
+        )
 
 
 def convert(folder: Path, converted: Path) -> str | None:

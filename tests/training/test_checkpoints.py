@@ -97,6 +97,15 @@ def test_another_stage_is_an_error_that_says_what_to_do(folder):
         run_here(folder, "train.zero_stage=2", resume="latest")
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_another_model_is_an_error_that_names_a_parameter(finished, tmp_path, stage):
+    if stage == 3:
+        assert run_here(tmp_path / "there", "train.zero_stage=3", "train.num_iterations=3") == 0
+    there = finished if stage == 1 else tmp_path / "there"
+    with pytest.raises(CheckpointError, match=r"visual_proj\.weight, \(16, 32\) there and \(8, 32\) here"):
+        run_here(tmp_path / "here", "model.embed_dim=8", f"train.zero_stage={stage}", resume=str(there))
+
+
 def test_what_a_kill_left_behind_is_neither_used_nor_kept(folder):
     root = folder / "checkpoints"
     forget_after(folder, 4)
