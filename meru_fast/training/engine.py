@@ -32,8 +32,8 @@ class StepResult:
     logging: dict[str, Tensor]
     #: Float [3], 1 where all ranks' values of ``GUARDED`` were finite.
     finite: Tensor
-    #: Global L2 norm before clipping; infinite or NaN if the step was discarded.
-    grad_norm: float
+    #: Global L2 norm before clipping, 0-dim; not finite if the step was discarded.
+    grad_norm: Tensor
     #: False if the optimiser was not run: something was not finite on some rank. The same on all ranks.
     applied: bool
     seconds: dict[str, float] = field(default_factory=dict)
@@ -94,6 +94,9 @@ class Engine:
             lr_scheduler=own_scheduler,
             config=config,
         )
+        if self.stage == 0 and get_world_size() == 1:
+            # Alone, DeepSpeed still copies all gradients into one buffer and back.
+            self.deepspeed.enable_backward_allreduce = False
         _zero_padding(self.model)
         self.clamp_scalars()
 
@@ -203,21 +206,24 @@ class Engine:
     def _scalars(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters(recurse=False) if p.requires_grad]
 
-    def update(self) -> tuple[float, bool]:
-        """Run the optimiser unless the gradient is not finite; returns (gradient norm, whether it ran)."""
+    def update(self) -> tuple[Tensor, bool]:
+        """Run the optimiser unless the gradient is not finite; returns (gradient norm, whether it ran).
+
+        Whether to run it is the one thing of a step that the host waits for.
+        """
         norm, applied = self._update()
         if applied:
             self.clamp_scalars()
         return norm, applied
 
-    def _update(self) -> tuple[float, bool]:
+    def _update(self) -> tuple[Tensor, bool]:
         if hasattr(self.deepspeed.optimizer, "overflow"):  # ZeRO and fp16 optimisers check for themselves
             self.deepspeed.step()
             norm = self.deepspeed.get_global_grad_norm()
-            return float(norm if norm is not None else "nan"), self.deepspeed.was_step_applied()
+            return torch.as_tensor(norm if norm is not None else torch.nan), self.deepspeed.was_step_applied()
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = float(nn.utils.get_total_norm(gradients))
-        if norm == norm and norm != float("inf"):
+        norm = nn.utils.get_total_norm(gradients)
+        if torch.isfinite(norm):
             self.deepspeed.step()
             return norm, True
         # What DeepSpeed's other optimisers do with such a step.
@@ -268,6 +274,9 @@ class Engine:
                 full = _gathered(parameter)
             found[name] = full.detach().clone().float().reshape(getattr(parameter, "ds_shape", parameter.shape))
         return found
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.model.named_parameters()}
 
     def readable_scalars(self) -> AbstractContextManager:
         """While the model's methods are called directly. ZeRO 3 fetches what lies in child modules by itself, but the

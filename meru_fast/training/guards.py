@@ -33,7 +33,7 @@ class NonFiniteError(RuntimeError):
 def describe_fault(result: StepResult) -> str:
     """Which guarded values were not finite, of a discarded step."""
     bad = [name for name, fine in zip(GUARDED, result.finite.tolist(), strict=True) if not fine]
-    return ", ".join(bad) if bad else f"gradient norm ({result.grad_norm})"
+    return ", ".join(bad) if bad else f"gradient norm ({float(result.grad_norm)})"
 
 
 def dump_fault(
@@ -54,7 +54,7 @@ def dump_fault(
         "rank": get_rank(),
         "not_finite": fault,
         "loss": float(result.loss),
-        "grad_norm": result.grad_norm,
+        "grad_norm": float(result.grad_norm),
         "scalars": {name: float(value) for name, value in result.logging.items()},
         "keys": list(keys),
         "image_range": [float(pixels.min()), float(pixels.max())],

@@ -349,7 +349,7 @@ class Run:
             "loss": float(result.loss),
             **dict(zip(names, values.tolist(), strict=True)),
             "lr": rate,
-            "grad_norm": result.grad_norm,
+            "grad_norm": float(result.grad_norm),
             "img_per_s": self.settings.total_batch_size * self.window.steps / seconds,
             "data_wait": self.window.waited / seconds,
             "step_seconds": seconds / self.window.steps,

@@ -56,7 +56,7 @@ def gradients(stage: int, accumulation: int) -> dict[str, torch.Tensor]:
     found = ours.full_gradients()
     norm, applied = ours.update()
     assert applied
-    found |= {"_loss": output["loss"].detach().clone(), "_norm": torch.tensor(norm)}
+    found |= {"_loss": output["loss"].detach().clone(), "_norm": norm}
     ours.close()
     return found
 
