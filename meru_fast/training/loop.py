@@ -68,7 +68,10 @@ def train(
         dict(ds_config or {}), settings, int(os.environ["WORLD_SIZE"]), on_gpu, optim_values(cfg)
     )
     output_dir = Path(output_dir)
-    setup_logging(output_dir, int(os.environ["RANK"]))
+    try:
+        setup_logging(output_dir, int(os.environ["RANK"]))
+    except OSError as error:
+        raise ConfigError(f"--output-dir {output_dir}: cannot be written to: {error}") from error
     try:
         device = prepare_process(settings, on_gpu)
         checkpoint = find(resume, output_dir)

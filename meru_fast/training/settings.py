@@ -72,6 +72,12 @@ class TrainSettings:
         for name in ("total_batch_size", "num_iterations", "accumulation_steps", "log_period", "checkpoint_period"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name}={getattr(self, name)}: must be at least 1")
+        for name in (
+            *("gradient_clipping", "num_workers", "checkpoint_minutes", "keep_checkpoints", "keep_period"),
+            *("nonfinite_budget", "watchdog_seconds", "eval_period"),
+        ):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"train.{name}={getattr(self, name)}: must not be negative")
         if self.nonfinite not in POLICIES:
             raise ConfigError(f"train.nonfinite={self.nonfinite}: choose one of {', '.join(POLICIES)}")
         if self.zero_stage not in (0, 1, 2, 3):

@@ -151,4 +151,4 @@ def kill_all(running: subprocess.Popen) -> None:
     """SIGKILL to the launcher and all ranks at once, as when a machine dies."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(running.pid, signal.SIGKILL)
-    running.wait(timeout=30)
+    running.wait(timeout=120)

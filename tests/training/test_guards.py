@@ -79,7 +79,7 @@ def test_a_bad_embedding_on_one_rank_stops_both(tmp_path):
 
 
 def test_a_hung_loader_is_killed_with_its_stack(tmp_path):
-    arguments = ("dataset.fault=hang", "train.watchdog_seconds=6.0")
+    arguments = ("dataset.fault=hang", "train.watchdog_seconds=20.0")
     output = run(tmp_path, *arguments, status=86, config_file=FAULTY)
     assert "no progress for" in output
     assert "waiting for the data of step 5" in output

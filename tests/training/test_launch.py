@@ -74,20 +74,32 @@ def test_sigusr1_saves_and_sigterm_saves_and_stops(tmp_path):
     running = start(tmp_path, "train.num_iterations=100000", "train.checkpoint_period=100000", processes=2)
     wait_for_step(running, tmp_path, 2)
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGUSR1)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not list((tmp_path / "checkpoints").glob("step_*")):
         assert time.monotonic() < deadline, "SIGUSR1 saved nothing"
         time.sleep(0.05)
     saved_on_request = next((tmp_path / "checkpoints").glob("step_*"))
     assert running.poll() is None, "SIGUSR1 ended the run"
     running.send_signal(signal.SIGTERM)
-    output = running.communicate(timeout=120)[0]
+    output = running.communicate(timeout=240)[0]
     assert running.returncode != 0
     assert "asked to stop" in output
     latest = (tmp_path / "checkpoints" / "latest").read_text()
     assert latest > saved_on_request.name
     assert int(latest[5:]) == int(metrics(tmp_path)[-1]["step"])
     assert (tmp_path / "checkpoints" / latest / "rank_00001.pt").is_file()
+
+
+def test_ctrl_c_saves_and_stops(tmp_path):
+    """A terminal sends SIGINT to the command, the launcher and all ranks at once."""
+    running = start(tmp_path, "train.num_iterations=100000", "train.checkpoint_period=100000", processes=2)
+    wait_for_step(running, tmp_path, 2)
+    os.killpg(running.pid, signal.SIGINT)
+    output = running.communicate(timeout=240)[0]
+    assert running.returncode != 0
+    assert "asked to stop" in output
+    latest = (tmp_path / "checkpoints" / "latest").read_text()
+    assert int(latest[5:]) == int(metrics(tmp_path)[-1]["step"])
 
 
 @pytest.mark.slow

@@ -225,6 +225,8 @@ def test_dry_run_builds_nothing(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["train.total_batchsize=3"], "did you mean train.total_batch_size?"),
+        (["train.keep_checkpoints=-2"], "train.keep_checkpoints=-2: must not be negative"),
+        (["--output-dir", str(TINY)], "tiny_meru.py: cannot be written to"),
         (["train.nonfinite=ignore"], "choose one of raise, skip, rollback"),
         (["--resume"], "no undamaged checkpoint"),
         (["train.num_iterations=2"], "warmup_steps=2 must be at least 0 and less than total_steps=2"),

@@ -67,7 +67,7 @@ def test_terminal_gets_a_bar_that_stays_in_place(tmp_path):
             shown += chunk
     except OSError:  # how a terminal says that nobody holds its other end any more
         pass
-    assert running.wait(timeout=60) == 0
+    assert running.wait(timeout=240) == 0
     text = shown.decode(errors="replace")
     assert "8/8" in text
     assert "img/s" in text
