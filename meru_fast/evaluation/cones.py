@@ -4,16 +4,21 @@ Everything takes projected features (``encode_*(project=True)``). For models on 
 sphere (published CLIP checkpoints bring one); without one, the mean direction of all embeddings serves.
 """
 
+from typing import TYPE_CHECKING, cast
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from meru_fast import lorentz
+
+if TYPE_CHECKING:
+    from meru_fast.models import CLIP, MERU
 
 CHUNK = 1024
 
 
-def root_of(model: nn.Module, *features: Tensor, root: Tensor | None = None) -> Tensor:
+def root_of(model: "CLIP", *features: Tensor, root: Tensor | None = None) -> Tensor:
     """The root [D]: the origin for hyperbolic models, else `root`, else the mean direction of `features` [N, D]."""
     if model.geometry == "lorentz":
         return torch.zeros_like(features[0][0])
@@ -22,19 +27,19 @@ def root_of(model: nn.Module, *features: Tensor, root: Tensor | None = None) -> 
     return F.normalize(torch.stack([part.mean(dim=0) for part in features]).mean(dim=0), dim=-1)
 
 
-def curvature(model: nn.Module) -> float:
+def curvature(model: "CLIP") -> float:
     """The c of a hyperbolic model (its hyperboloid has curvature -c)."""
     return model.scalar("curv").item()
 
 
-def radii(model: nn.Module, features: Tensor, root: Tensor) -> Tensor:
+def radii(model: "CLIP", features: Tensor, root: Tensor) -> Tensor:
     """Distance [N] from the root: geodesic for hyperbolic models, the angle in radians on the sphere."""
     if model.geometry == "lorentz":
         return lorentz.log_map0(features, curvature(model)).norm(dim=-1)
     return torch.acos((features @ root).clamp(-1, 1))
 
 
-def directions(model: nn.Module, features: Tensor, root: Tensor) -> Tensor:
+def directions(model: "CLIP", features: Tensor, root: Tensor) -> Tensor:
     """Where each point lies as seen from the root: vectors [N, D] of the tangent space, as long as their distance."""
     if model.geometry == "lorentz":
         return lorentz.log_map0(features, curvature(model))
@@ -42,7 +47,7 @@ def directions(model: nn.Module, features: Tensor, root: Tensor) -> Tensor:
     return F.normalize(across, dim=-1) * radii(model, features, root)[:, None]
 
 
-def cone_statistics(model: nn.Module, texts: Tensor, images: Tensor) -> dict[str, float]:
+def cone_statistics(model: "CLIP", texts: Tensor, images: Tensor) -> dict[str, float]:
     """How well the cones of texts hold their images. ``texts[i]`` belongs to ``images[i]``; both [N, D], N >= 2.
 
     Returns:
@@ -61,7 +66,7 @@ def cone_statistics(model: nn.Module, texts: Tensor, images: Tensor) -> dict[str
             f"expected paired texts and images [N, D], N >= 2, got {tuple(texts.shape)}, {tuple(images.shape)}"
         )
     curv = curvature(model)
-    aperture = lorentz.half_aperture(texts, curv, model.min_radius)
+    aperture = lorentz.half_aperture(texts, curv, cast("MERU", model).min_radius)
     angle = lorentz.oxy_angle(texts, images, curv)
     mismatched = lorentz.oxy_angle(texts, images.roll(-1, dims=0), curv)
     return {
@@ -73,7 +78,7 @@ def cone_statistics(model: nn.Module, texts: Tensor, images: Tensor) -> dict[str
     }
 
 
-def nearest_by_angle(model: nn.Module, texts: Tensor, images: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def nearest_by_angle(model: "CLIP", texts: Tensor, images: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """For each text the k images most deeply inside (or least outside) its cone.
 
     Ranks by the exterior angle at the text. That asks whether the text entails the image, however far out it lies.
@@ -91,7 +96,7 @@ def nearest_by_angle(model: nn.Module, texts: Tensor, images: Tensor, k: int) ->
     return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
 
 
-def disk_positions(model: nn.Module, root: Tensor, *features: Tensor) -> list[Tensor]:
+def disk_positions(model: "CLIP", root: Tensor, *features: Tensor) -> list[Tensor]:
     """Points [N, 2] of the unit disk for each of `features` [N, D]: a map that keeps the distance from the root exact.
 
     The angle is that of the two directions in which the embeddings, as seen from the root, vary most. The radius is
@@ -107,7 +112,7 @@ def disk_positions(model: nn.Module, root: Tensor, *features: Tensor) -> list[Te
     return found
 
 
-def disk_radius(model: nn.Module, distance: Tensor) -> Tensor:
+def disk_radius(model: "CLIP", distance: Tensor) -> Tensor:
     """Radius on the map of ``disk_positions`` for a distance from the root."""
     if model.geometry == "lorentz":
         return torch.tanh(curvature(model) ** 0.5 * distance / 2)

@@ -2,15 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from meru_fast.evaluation import catalog
-from meru_fast.evaluation.features import Loading
+from meru_fast.evaluation.features import Loading, input_size
 from meru_fast.evaluation.protocol import DatasetError
 from meru_fast.evaluation.sources import CaptionedImages, LabelledImages
 from meru_fast.evaluation.transforms import EvalTransform
+
+if TYPE_CHECKING:
+    from meru_fast.models import CLIP
 
 
 class Evaluator:
@@ -61,9 +62,9 @@ class Evaluator:
         """Whether the test part of a dataset that was evaluated is the published one."""
         return self._provenance[name]
 
-    def transform(self, model: nn.Module) -> EvalTransform:
+    def transform(self, model: "CLIP") -> EvalTransform:
         """The pixels that `model` takes."""
-        return EvalTransform(self.image_size or model.visual.patch_embed.img_size[0], self.resize)
+        return EvalTransform(self.image_size or input_size(model), self.resize)
 
     def open(self, name: str, part: str) -> LabelledImages | CaptionedImages:
         """The "train", "val" or "test" part of a dataset. Raises DatasetError."""
@@ -72,11 +73,11 @@ class Evaluator:
             self._provenance[name] = dataset.provenance
         return dataset
 
-    def evaluate(self, model: nn.Module, name: str) -> dict[str, float]:
+    def evaluate(self, model: "CLIP", name: str) -> dict[str, float]:
         """Scores of one dataset, fractions in [0, 1]. Raises DatasetError if it is missing or damaged."""
         raise NotImplementedError
 
-    def __call__(self, model: nn.Module) -> dict[str, float]:
+    def __call__(self, model: "CLIP") -> dict[str, float]:
         """Scores of all datasets, ``{"<dataset>/<metric>": fraction}``. Raises DatasetError for a missing dataset."""
         return {
             f"{name}/{metric}": value for name in self.names for metric, value in self.evaluate(model, name).items()

@@ -9,11 +9,11 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from meru_fast.distributed import (
     all_gather_object,
@@ -27,6 +27,9 @@ from meru_fast.evaluation.protocol import DatasetError
 from meru_fast.evaluation.sources import Samples
 from meru_fast.evaluation.transforms import EvalTransform
 from meru_fast.progress import progress_bar
+
+if TYPE_CHECKING:
+    from meru_fast.models import CLIP
 
 
 class Loading(NamedTuple):
@@ -45,7 +48,7 @@ class Labelled(NamedTuple):
 
 @torch.inference_mode()
 def image_features(
-    model: nn.Module, samples: Samples, transform: EvalTransform, loading: Loading, title: str, project: bool = True
+    model: "CLIP", samples: Samples, transform: EvalTransform, loading: Loading, title: str, project: bool = True
 ) -> Labelled:
     """Encode all images.
 
@@ -78,7 +81,7 @@ def image_features(
 
 @torch.inference_mode()
 def text_features(
-    model: nn.Module, texts: Sequence[str], title: str, project: bool = True, batch_size: int = 512
+    model: "CLIP", texts: Sequence[str], title: str, project: bool = True, batch_size: int = 512
 ) -> Tensor:
     """Encode texts -> [T, D] float32. With `project` False the result is in the tangent space (before lift or norm)."""
     from meru_fast.tokenizer import PackedTokens, Tokenizer
@@ -94,11 +97,17 @@ def text_features(
     return join_batches(features, len(texts), batch_size, device_of(model))
 
 
-def device_of(model: nn.Module) -> torch.device:
+def device_of(model: "CLIP") -> torch.device:
     return next(model.parameters()).device
 
 
-def pre_projection(model: nn.Module) -> Callable[[Tensor], Tensor]:
+def input_size(model: "CLIP") -> int:
+    """Side in pixels of the square images that the model's encoder was built for."""
+    visual: Any = model.visual
+    return visual.patch_embed.img_size[0]
+
+
+def pre_projection(model: "CLIP") -> Callable[[Tensor], Tensor]:
     """The image encoder up to where its projection layer begins."""
 
     def encode(images: Tensor) -> Tensor:
@@ -170,7 +179,7 @@ def join_batches(own: list[Tensor], total: int, batch_size: int, device: torch.d
     return torch.stack(gathered, dim=1).flatten(0, 2)[:total].contiguous()
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: "CLIP") -> str:
     """Hash of all weights and buffers: the same for the same model, whatever kind of file it came from."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):

@@ -50,7 +50,8 @@ def _drawn(draw: Callable[..., Figure]) -> Callable[..., str]:
     @functools.wraps(draw)
     def svg(*arguments: Any, salt: str) -> str:
         text = io.StringIO()
-        with mpl.rc_context(STYLE | {"svg.hashsalt": salt}):
+        settings: Any = STYLE | {"svg.hashsalt": salt}
+        with mpl.rc_context(settings):
             figure = draw(*arguments)
             figure.savefig(
                 text, format="svg", bbox_inches="tight", pad_inches=0.05, transparent=True, metadata={"Date": None}
@@ -121,8 +122,8 @@ def geometry_curves(log: Mapping[str, Sequence[float]]) -> Figure:
 def _smooth(values: Sequence[float], window: int = 9) -> np.ndarray:
     """Centred running mean; the ends are averaged over what there is."""
     kernel = np.ones(min(window, len(values)))
-    values = np.asarray(values, float)
-    return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
+    series = np.asarray(values, float)
+    return np.convolve(series, kernel, "same") / np.convolve(np.ones_like(series), kernel, "same")
 
 
 @_drawn
@@ -130,7 +131,7 @@ def radius_histogram(images: np.ndarray, captions: Mapping[str, np.ndarray], uni
     """Shares of images and of each group of captions over the distance from the root."""
     figure, (axes,) = _axes(5.6, 2.9)
     everything = np.concatenate([images, *captions.values()])
-    bins = np.linspace(0, everything.max() * 1.02, 60)
+    bins = np.linspace(0, everything.max() * 1.02, 60).tolist()
     groups = [(name, values, colour) for (name, values), colour in zip(captions.items(), CAPTION_COLOURS, strict=False)]
     for name, values, colour in (*groups, ("images", images, IMAGE_COLOUR)):
         share = np.full(len(values), 100 / len(values))
@@ -170,8 +171,17 @@ def poincare_disk(
     for (image, _), ladder in zip(pictures, ladders, strict=True):
         way = np.stack([np.zeros(2), *(captions[position] for position in ladder), images[image]])
         axes.plot(way[:, 0], way[:, 1], color=CAPTION_COLOURS[1], linewidth=0.8, alpha=0.55, zorder=2)
-    axes.scatter(*images.T, s=7, color=IMAGE_COLOUR, alpha=0.4, linewidths=0, zorder=2, label="image")
-    axes.scatter(*captions.T, s=9, color=CAPTION_COLOURS[1], alpha=0.7, linewidths=0, zorder=3, label="caption")
+    axes.scatter(images[:, 0], images[:, 1], s=7, color=IMAGE_COLOUR, alpha=0.4, linewidths=0, zorder=2, label="image")
+    axes.scatter(
+        captions[:, 0],
+        captions[:, 1],
+        s=9,
+        color=CAPTION_COLOURS[1],
+        alpha=0.7,
+        linewidths=0,
+        zorder=3,
+        label="caption",
+    )
     axes.scatter(0, 0, s=40, marker="+", color=INK, zorder=4, label="root")
     _pictures_at_rim(axes, images, pictures)
     _labels_in_columns(axes, captions, labels)
@@ -197,7 +207,7 @@ def _pictures_at_rim(axes: Axes, points: np.ndarray, pictures: Sequence[tuple[in
         axes.plot(*np.stack([points[index], place]).T, color=IMAGE_COLOUR, linewidth=0.6, alpha=0.5, zorder=2)
         box = OffsetImage(np.asarray(picture.convert("RGB").resize((72, 72))), zoom=0.5)
         frame = {"edgecolor": IMAGE_COLOUR, "linewidth": 0.8, "boxstyle": "square,pad=0.06"}
-        axes.add_artist(AnnotationBbox(box, place, bboxprops=frame, zorder=5))
+        axes.add_artist(AnnotationBbox(box, (place[0], place[1]), bboxprops=frame, zorder=5))
 
 
 def _labels_in_columns(axes: Axes, points: np.ndarray, labels: Mapping[int, str]) -> None:
@@ -210,9 +220,10 @@ def _labels_in_columns(axes: Axes, points: np.ndarray, labels: Mapping[int, str]
         for index, height in zip(chosen, heights, strict=True):
             place = np.array([side * 0.6, height])
             axes.plot(*np.stack([points[index], place]).T, color=PALE, linewidth=0.5, alpha=0.7, zorder=3)
-            axes.scatter(*points[index], s=16, color=CAPTION_COLOURS[0], linewidths=0, zorder=4)
+            axes.scatter(points[index][0], points[index][1], s=16, color=CAPTION_COLOURS[0], linewidths=0, zorder=4)
             axes.text(
-                *place,
+                place[0],
+                place[1],
                 labels[index],
                 fontsize=8.5,
                 ha="left" if side > 0 else "right",

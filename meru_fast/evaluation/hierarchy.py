@@ -10,9 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from meru_fast.evaluation.evaluator import Evaluator
 from meru_fast.evaluation.features import image_features
@@ -20,6 +18,9 @@ from meru_fast.evaluation.protocol import DatasetError
 from meru_fast.evaluation.ranking import nearest
 from meru_fast.evaluation.sources import LabelledImages
 from meru_fast.evaluation.zeroshot import class_embeddings
+
+if TYPE_CHECKING:
+    from meru_fast.models import CLIP
 
 
 class Hierarchy:
@@ -185,7 +186,7 @@ class HierarchicalClassification(Evaluator):
         self.trees = {name: Hierarchy.load(trees[name]) for name in self.names}
         self.nodes = dict(nodes or {})
 
-    def evaluate(self, model: nn.Module, name: str) -> dict[str, float]:
+    def evaluate(self, model: "CLIP", name: str) -> dict[str, float]:
         dataset = self.open(name, "test")
         if not isinstance(dataset, LabelledImages):
             raise DatasetError(f"{name}: has captions and no labels, so it has no place in a tree")

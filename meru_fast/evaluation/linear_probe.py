@@ -8,10 +8,10 @@ distance (in decades). The best cost is fitted again on training and validation 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from meru_fast.evaluation.evaluator import Evaluator
 from meru_fast.evaluation.features import Labelled, cached, device_of, fingerprint, image_features
@@ -21,6 +21,9 @@ from meru_fast.evaluation.protocol import DatasetError
 from meru_fast.evaluation.ranking import accuracies
 from meru_fast.evaluation.sources import LabelledImages
 from meru_fast.progress import progress_bar
+
+if TYPE_CHECKING:
+    from meru_fast.models import CLIP
 
 COSTS = tuple(10.0**exponent for exponent in (-6, -4, -2, 0, 2, 4, 6))
 FIRST_FACTOR = 10.0
@@ -176,24 +179,27 @@ class LinearProbe(Evaluator):
     def settings(self) -> str:
         return f"{super().settings}, {self.solver}, {self.max_iterations} iterations"
 
-    def evaluate(self, model: nn.Module, name: str) -> dict[str, float]:
-        opened = {part: self.open(name, part) for part in ("train", "val", "test")}
-        test = opened["test"]
-        if not isinstance(test, LabelledImages):
-            raise DatasetError(f"{name}: has captions and no labels; use the retrieval config")
+    def evaluate(self, model: "CLIP", name: str) -> dict[str, float]:
+        opened = {part: self._labelled(name, part) for part in ("train", "val", "test")}
         weights = fingerprint(model) if self.cache_dir else ""
         parts = {part: self._features(model, weights, dataset, part) for part, dataset in opened.items()}
         with progress_bar(f"{name}: probe", FITS, "fits") as advance:
             scores, cost = probe(
                 **parts,
-                num_classes=len(test.class_names),
+                num_classes=len(opened["test"].class_names),
                 solver=self.solver,
                 max_iterations=self.max_iterations,
                 advance=advance,
             )
         return scores | {COST: cost}
 
-    def _features(self, model: nn.Module, weights: str, dataset: LabelledImages, part: str) -> Labelled:
+    def _labelled(self, name: str, part: str) -> LabelledImages:
+        dataset = self.open(name, part)
+        if not isinstance(dataset, LabelledImages):
+            raise DatasetError(f"{name}: has captions and no labels; use the retrieval config")
+        return dataset
+
+    def _features(self, model: "CLIP", weights: str, dataset: LabelledImages, part: str) -> Labelled:
         transform = self.transform(model)
         # Number of samples and provenance tell apart two versions of a dataset under the same name.
         data = f"{dataset.name}_{part}_{len(dataset.samples)}_{transform!r}_{dataset.provenance}"

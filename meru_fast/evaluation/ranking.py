@@ -1,16 +1,20 @@
 """Nearest neighbours in the geometry of a model, and the scores counted from them."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from meru_fast.models import CLIP
 
 QUERY_CHUNK = 1024
 GALLERY_CHUNK = 16384
 
 
 @torch.inference_mode()
-def nearest(model: nn.Module, queries: Tensor, gallery: Tensor, k: int) -> Tensor:
+def nearest(model: "CLIP", queries: Tensor, gallery: Tensor, k: int) -> Tensor:
     """Positions [Q, k] of the best `gallery` entries for every query, best first.
 
     The score is that of ``model.similarity`` (Lorentz inner product, which orders like the negative distance, or dot
@@ -23,7 +27,7 @@ def nearest(model: nn.Module, queries: Tensor, gallery: Tensor, k: int) -> Tenso
     if model.geometry == "lorentz":
         from meru_fast import ops
 
-        return ops.topk(queries, gallery, k, model.curv.exp())[1]
+        return ops.topk(queries, gallery, k, model.scalar("curv"))[1]
     found = [_nearest_dot(chunk, gallery, k) for chunk in queries.split(QUERY_CHUNK)]
     return torch.cat(found)
 

@@ -11,20 +11,23 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from meru_fast.evaluation import cones
-from meru_fast.evaluation.features import Loading, image_features, text_features
+from meru_fast.evaluation.features import Loading, image_features, input_size, text_features
 from meru_fast.evaluation.hierarchy import Hierarchy, hierarchical_metrics
 from meru_fast.evaluation.protocol import DatasetError
 from meru_fast.evaluation.ranking import nearest
 from meru_fast.evaluation.sources import ImageFiles, manifest_rows
 from meru_fast.evaluation.transforms import EvalTransform
-from meru_fast.evaluation.traversal import ROOT, Stop, input_size, load_model, load_pool, traverse
+from meru_fast.evaluation.traversal import ROOT, Stop, load_model, load_pool, traverse
+
+if TYPE_CHECKING:
+    from meru_fast.models import CLIP
 
 PACKAGES = ("meru_fast", "torch", "triton", "deepspeed", "timm", "numpy")
 GOLDEN = (5**0.5 - 1) / 2
@@ -42,7 +45,7 @@ class Subject:
     """
 
     title: str
-    model: nn.Module
+    model: "CLIP"
     root: Tensor | None = None
     run: Path | None = None
 
@@ -425,7 +428,7 @@ def data_uri(picture: Image.Image) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
-def describe(model: nn.Module) -> str:
+def describe(model: "CLIP") -> str:
     count = sum(parameter.numel() for parameter in model.parameters())
     return f"{type(model).__name__}, {count / 1e6:.1f} M parameters, {model.embed_dim} dimensions"
 

@@ -1,16 +1,18 @@
 """Image-text retrieval in both directions (MERU, arXiv 2304.09172, section 4.1)."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from meru_fast.evaluation.evaluator import Evaluator
 from meru_fast.evaluation.features import image_features, text_features
 from meru_fast.evaluation.protocol import DatasetError
 from meru_fast.evaluation.ranking import nearest, recalls
 from meru_fast.evaluation.sources import CaptionedImages
+
+if TYPE_CHECKING:
+    from meru_fast.models import CLIP
 
 
 class ZeroShotRetrieval(Evaluator):
@@ -46,7 +48,7 @@ class ZeroShotRetrieval(Evaluator):
     def settings(self) -> str:
         return super().settings + (", equal captions merged" if self.merge_captions else "")
 
-    def evaluate(self, model: nn.Module, name: str) -> dict[str, float]:
+    def evaluate(self, model: "CLIP", name: str) -> dict[str, float]:
         dataset = self.open(name, "test")
         if not isinstance(dataset, CaptionedImages):
             raise DatasetError(f"{name}: has labels and no captions; use the classification config")
@@ -56,7 +58,7 @@ class ZeroShotRetrieval(Evaluator):
         texts = text_features(model, captions, f"{name}: captions")
         images = image_features(model, dataset.samples, self.transform(model), self.loading, name).features
         image_to_text = torch.tensor(pairs, device=images.device)
-        scores = {}
+        scores: dict[str, float] = {}
         for direction, queries, gallery, matches in (
             ("image_retrieval", texts, images, image_to_text.flip(1)),
             ("text_retrieval", images, texts, image_to_text),

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,9 @@ from meru_fast.evaluation.evaluator import Evaluator
 from meru_fast.evaluation.features import fingerprint
 from meru_fast.evaluation.output import Result
 from meru_fast.evaluation.protocol import DatasetError
+
+if TYPE_CHECKING:
+    from meru_fast.models import CLIP
 
 DESCRIPTION = """
 Evaluate checkpoints: zero-shot classification, retrieval or linear probes, as the config says.
@@ -112,7 +116,7 @@ def run(args: argparse.Namespace, device: torch.device, console: Console) -> lis
     for path, train_config in zip(args.checkpoint_path, args.train_config, strict=True):
         model, title, origin = load_model(path, train_config)
         console.print(f"[bold]{path}[/bold]: {title} ({origin})", soft_wrap=True, highlight=False)
-        results += evaluate_checkpoint(evaluator, model.to(device), title, path, args, console)
+        results += evaluate_checkpoint(evaluator, cast("CLIP", model).to(device), title, path, args, console)
     if results and is_main_process():
         output.print_table(results, console)
         output.write_csv(results, args.output_dir / f"{evaluator.task}.csv")
@@ -133,7 +137,7 @@ def load_model(path: str, train_config: str | None) -> tuple[nn.Module, str, str
 
 
 def evaluate_checkpoint(
-    evaluator: Evaluator, model: nn.Module, title: str, pretrained: str, args: argparse.Namespace, console: Console
+    evaluator: Evaluator, model: "CLIP", title: str, pretrained: str, args: argparse.Namespace, console: Console
 ) -> list[Result]:
     """One checkpoint on all datasets; a dataset that cannot be read is reported and passed over."""
     weights = fingerprint(model)

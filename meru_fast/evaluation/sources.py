@@ -246,7 +246,8 @@ def captioned_manifest(name: str, path: Path) -> CaptionedImages:
 
 def captioned(name: str, samples: Samples, captions_of: Sequence[Sequence[str]], **kwargs: Any) -> CaptionedImages:
     """A retrieval set from the captions of each image."""
-    captions, pairs = [], []
+    captions: list[str] = []
+    pairs: list[tuple[int, int]] = []
     for image, own in enumerate(captions_of):
         for caption in own:
             pairs.append((image, len(captions)))
@@ -256,6 +257,7 @@ def captioned(name: str, samples: Samples, captions_of: Sequence[Sequence[str]],
 
 def manifest_rows(name: str, path: Path, needed: Sequence[str]) -> list[Mapping[str, Any]]:
     """Rows of a manifest file, each with the `needed` fields."""
+    rows: list[Mapping[str, Any]]
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".csv":

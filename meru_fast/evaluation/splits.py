@@ -27,7 +27,7 @@ def tfds_order(split: str, keys: Iterable[str | int]) -> list[int]:
 
 def base_name(source: str) -> str:
     """Name of the split that `source` slices: "train" for ``train[:80%]``."""
-    return _parse(source)["name"]
+    return str(_parse(source)["name"])
 
 
 def slice_of(source: str, total: int) -> slice:

@@ -12,13 +12,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from meru_fast import lorentz
 from meru_fast.evaluation.cones import curvature, root_of
+
+if TYPE_CHECKING:
+    from meru_fast.models import CLIP, MERU
 
 ROOT = "[ROOT]"
 STEPS = 50
@@ -59,7 +63,7 @@ def load_pool(path: str | os.PathLike | None = None) -> list[str]:
     return texts
 
 
-def points_between(model: nn.Module, start: Tensor, end: Tensor, steps: int = STEPS) -> Tensor:
+def points_between(model: "CLIP", start: Tensor, end: Tensor, steps: int = STEPS) -> Tensor:
     """Points [steps, D] at equal steps from `start` to `end` [D], both included.
 
     Hyperbolic models: straight in the tangent space of the root, which is a geodesic where one end is the root. Sphere:
@@ -73,7 +77,7 @@ def points_between(model: nn.Module, start: Tensor, end: Tensor, steps: int = ST
     return F.normalize(torch.lerp(start, end, weights), dim=-1)
 
 
-def entailed_scores(model: nn.Module, points: Tensor, texts: Tensor, root: Tensor) -> Tensor:
+def entailed_scores(model: "CLIP", points: Tensor, texts: Tensor, root: Tensor) -> Tensor:
     """Scores [P, T + 1] of the texts [T, D] and, last, the root [D] at each point [P, D].
 
     Lorentz inner product, ``EXCLUDED`` for a text whose cone does not hold the point; the root's cone holds all. On the
@@ -84,7 +88,7 @@ def entailed_scores(model: nn.Module, points: Tensor, texts: Tensor, root: Tenso
     if model.geometry == "lorentz":
         curv = curvature(model)
         outside = lorentz.pairwise_oxy_angle(texts, points, curv) - lorentz.half_aperture(
-            texts, curv, model.min_radius
+            texts, curv, cast("MERU", model).min_radius
         ).unsqueeze(1)
         outside[-1] = 0
         scores = scores.masked_fill(outside.T > 0, EXCLUDED)
@@ -93,7 +97,7 @@ def entailed_scores(model: nn.Module, points: Tensor, texts: Tensor, root: Tenso
 
 @torch.inference_mode()
 def traverse(
-    model: nn.Module,
+    model: "CLIP",
     start: Tensor,
     end: Tensor,
     text_features: Tensor,
@@ -119,7 +123,7 @@ def traverse(
     names = [*texts, ROOT]
     points = points_between(model, start, end, steps)
     best = entailed_scores(model, points, text_features, root).argmax(dim=1).tolist()
-    first = {}
+    first: dict[str, float] = {}
     for step, index in enumerate(best):
         first.setdefault(names[index], step / (steps - 1))
     return [Stop(text, progress) for text, progress in first.items()]
@@ -175,7 +179,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _walks(args: argparse.Namespace) -> list[tuple[str, str, list[Stop]]]:
-    from meru_fast.evaluation.features import Loading, image_features, text_features
+    from meru_fast.evaluation.features import Loading, image_features, input_size, text_features
     from meru_fast.evaluation.sources import ImageFiles
     from meru_fast.evaluation.transforms import EvalTransform
 
@@ -193,7 +197,7 @@ def _walks(args: argparse.Namespace) -> list[tuple[str, str, list[Stop]]]:
     ]
 
 
-def load_model(path: str, train_config: str | None, device: str | None) -> tuple[nn.Module, Tensor | None]:
+def load_model(path: str, train_config: str | None, device: str | None) -> tuple["CLIP", Tensor | None]:
     """The model of a checkpoint on `device` (default: a GPU where there is one), and the root the checkpoint brings.
 
     Without `train_config` the architecture is the one recorded with the checkpoint, or guessed from its weights.
@@ -203,9 +207,4 @@ def load_model(path: str, train_config: str | None, device: str | None) -> tuple
 
     model_config = config.load(train_config).model if train_config else None
     model, info = checkpoint.load_model(path, model_config)
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), info.root
-
-
-def input_size(model: nn.Module) -> int:
-    """Side in pixels of the square images that the model's encoder was built for."""
-    return model.visual.patch_embed.img_size[0]
+    return cast("CLIP", model).to(device or ("cuda" if torch.cuda.is_available() else "cpu")), info.root

@@ -1,7 +1,9 @@
 """Zero-shot classification: the class whose prompts lie nearest to the image (MERU, arXiv 2304.09172, section 4.1)."""
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from meru_fast.evaluation.evaluator import Evaluator
 from meru_fast.evaluation.features import image_features, text_features
@@ -9,9 +11,12 @@ from meru_fast.evaluation.protocol import DatasetError
 from meru_fast.evaluation.ranking import accuracies, nearest
 from meru_fast.evaluation.sources import LabelledImages
 
+if TYPE_CHECKING:
+    from meru_fast.models import CLIP
+
 
 @torch.inference_mode()
-def class_embeddings(model: nn.Module, class_names: list[str], prompts: list[str], title: str = "prompts") -> Tensor:
+def class_embeddings(model: "CLIP", class_names: list[str], prompts: list[str], title: str = "prompts") -> Tensor:
     """One embedding for each class, from all prompts of all classes encoded in one sweep; [C, D].
 
     Prompts are averaged where averaging makes sense: in the tangent space at the root for hyperbolic models, which is
@@ -29,7 +34,7 @@ class ZeroShotClassification(Evaluator):
 
     task = "zeroshot_classification"
 
-    def evaluate(self, model: nn.Module, name: str) -> dict[str, float]:
+    def evaluate(self, model: "CLIP", name: str) -> dict[str, float]:
         dataset = self.open(name, "test")
         if not isinstance(dataset, LabelledImages):
             raise DatasetError(f"{name}: has captions and no labels, use the retrieval config")

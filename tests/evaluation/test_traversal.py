@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from small_models import clip, meru
 
 from meru_fast import checkpoint, config, lorentz
-from meru_fast.evaluation import cones, traversal
+from meru_fast.evaluation import cones, features, traversal
 from meru_fast.evaluation.traversal import ROOT, Stop, load_pool, points_between, traverse
 
 K = 0.1
@@ -133,7 +133,7 @@ def test_the_command_walks_and_interpolates(tmp_path, demo_data, capsys):
     checkpoint.save_published(weights, meru().state_dict(), iteration=3)
     node = config.load(SMALL).model
     loaded, _ = checkpoint.load_model(weights, node)
-    assert traversal.input_size(loaded) == 32
+    assert features.input_size(loaded) == 32
     pictures = [str(path) for path in sorted((demo_data / "scenes").glob("*.png"))[:3]]
     common = ["--checkpoint-path", str(weights), "--train-config", str(SMALL)]
     for picture in pictures:
