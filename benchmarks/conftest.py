@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # `benchmarks` is a folder of the checkout, not an installed package
+# `benchmarks` is a folder of the checkout, not an installed package; last, so that an installed meru_fast is measured.
+sys.path.append(str(Path(__file__).parents[1]))
 
 import torch
 
