@@ -13,7 +13,7 @@ def small(tmp_path):
     write_shards(tmp_path / "shards", 2, 40, 64)
     return [
         *("--shards", f"{tmp_path}/shards/shard_{{00000..00001}}.tar", "--csv", str(tmp_path / "data.csv")),
-        *("--batch", "8", "--images", "32", "--rounds", "1", "--workers", "1", "--step-ms", "1"),
+        *("--batch", "8", "--images", "320", "--rounds", "1", "--workers", "1", "--step-ms", "1"),
     ]
 
 
