@@ -283,17 +283,17 @@ def test_killed_worker_is_reported_by_name(shards):
         DataError, match=rf"loader worker 1 \(pid {pid}\) died \(SIGKILL.*sample k\d+ of .*shard_\d+\.tar"
     ):
         exhaust(batches)
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 60  # within the minute that is promised
     assert len(take(loader, 1)) == 1  # a caller that wants to can go on
 
 
 def test_stalled_worker_is_reported_by_name_and_ended(shards):
-    loader = build_loader(shards, batch_size=24, num_workers=2, timeout=3, **SMALL)
+    loader = build_loader(shards, batch_size=24, num_workers=2, timeout=10, **SMALL)
     batches = iter(loader)
     next(batches)
     pid = loader._workers.pids()[0]
     os.kill(pid, signal.SIGSTOP)
-    with pytest.raises(DataError, match=rf"worker 0 \(pid {pid}\) has delivered nothing for 3 s.*at step \d+, sample"):
+    with pytest.raises(DataError, match=rf"worker 0 \(pid {pid}\) has delivered nothing for 10 s.*at step \d+, sample"):
         exhaust(batches)
     assert not os.path.exists(f"/proc/{pid}")
 

@@ -41,8 +41,8 @@ def test_a_worker_that_stops_in_mid_message_is_reported(monkeypatch):
 
     monkeypatch.setattr(workers, "_work", stop)
     monkeypatch.setattr(workers, "JOIN_SECONDS", 1.0)
-    with pytest.raises(DataError, match=r"loader worker 0 \(pid \d+\) has been silent for 1 s in mid-batch"):
-        next(iter(loader(num_workers=1, timeout=1)))
+    with pytest.raises(DataError, match=r"loader worker 0 \(pid \d+\) has been silent for 10 s in mid-batch"):
+        next(iter(loader(num_workers=1, timeout=10)))
 
 
 def test_jpegs_that_exceed_the_slot_need_no_worker_to_be_received():
