@@ -24,9 +24,15 @@ from meru_fast.config import LazyCall
 SAFETENSORS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 RUN_CONFIG_FILE, EMA_FILE = "config.yaml", "ema.pt"
 
-# Objects that DeepSpeed pickles beside the tensors. They are data holders; a file naming anything else is refused.
-_DEEPSPEED_GLOBALS = frozenset(
+# Objects that DeepSpeed and our trainer (states of random generators) pickle beside the tensors. They are data holders;
+# a file naming anything else is refused.
+_DATA_HOLDERS = frozenset(
     {
+        "_codecs.encode",
+        "numpy._core.multiarray._reconstruct",
+        "numpy.core.multiarray._reconstruct",
+        "numpy.dtype",
+        "numpy.ndarray",
         "deepspeed.runtime.fp16.loss_scaler.LossScaler",
         "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
         "deepspeed.runtime.zero.config.ZeroStageEnum",
@@ -319,16 +325,17 @@ def _gather_shards(step: Path) -> dict[str, Tensor]:
             f"{step}: reading ZeRO shards needs deepspeed (pip install 'meru_fast[train]')"
         ) from error
     for file in sorted(step.glob("*_states.pt")):
-        _refuse_foreign_objects(file)
+        refuse_foreign_objects(file)
     try:
         return dict(get_fp32_state_dict_from_zero_checkpoint(str(step.parent), tag=step.name))
     except Exception as error:  # the tool raises whatever the first surprise is
         raise CheckpointError(f"{step}: DeepSpeed cannot join the shards ({type(error).__name__}: {error})") from error
 
 
-def _refuse_foreign_objects(file: Path) -> None:
+def refuse_foreign_objects(file: str | os.PathLike) -> None:
+    """Raise CheckpointError if unpickling the file would make anything but tensors and the data holders above."""
     try:
-        foreign = set(torch.serialization.get_unsafe_globals_in_checkpoint(str(file))) - _DEEPSPEED_GLOBALS
+        foreign = set(torch.serialization.get_unsafe_globals_in_checkpoint(str(file))) - _DATA_HOLDERS
     except Exception as error:
         raise CheckpointError(f"{file}: truncated or not a PyTorch file ({_first_line(error)})") from error
     if foreign:

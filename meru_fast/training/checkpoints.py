@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 import meru_fast
-from meru_fast.checkpoint import CheckpointError
+from meru_fast.checkpoint import CheckpointError, refuse_foreign_objects
 from meru_fast.distributed import (
     all_gather_object,
     barrier,
@@ -227,6 +227,7 @@ def make_writer(asynchronous: bool) -> Any:
                 self._thread.join()
 
         def load(self, path: str, map_location: Any = None) -> Any:
+            refuse_foreign_objects(path)  # a run folder may come from anywhere
             return torch.load(path, map_location=map_location, weights_only=False)
 
         def commit(self, info: Any) -> bool:
@@ -431,6 +432,7 @@ class Checkpoints:
                 )
         same = manifest.world_size == get_world_size()
         rank_file = folder / _rank_file(get_rank() if same else 0)
+        refuse_foreign_objects(rank_file)
         saved = torch.load(rank_file, map_location="cpu", weights_only=False)
         _check_model(folder, saved["shapes"], self.engine.parameter_shapes())
         if same or manifest.zero_stage == 0:

@@ -1,13 +1,16 @@
 """Checkpoints: complete or not there, checked before use, kept as asked, and never the end of a run."""
 
+import hashlib
 import itertools
 import json
 import logging
+import os
 import resource
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from training_runs import assert_same_state, forget_after, history, run_here
 
 from meru_fast.checkpoint import CheckpointError
@@ -66,6 +69,30 @@ def test_damage_is_found_and_the_one_before_is_taken(folder, caplog, name, damag
     assert "step_00000008" in caplog.text
     with pytest.raises(CheckpointError, match="step_00000008"):
         checkpoints.find(str(step(folder, 8)), folder)
+
+
+class Intruder:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+@pytest.mark.parametrize("name", ["rank_00000.pt", "mp_rank_00_model_states.pt"])
+def test_a_run_folder_from_elsewhere_runs_no_code(folder, tmp_path, name):
+    """With a manifest that vouches for it."""
+    file = step(folder, 8) / name
+    torch.save(torch.load(file, weights_only=False) | {"intruder": Intruder(tmp_path / "ran")}, file)
+    manifest = step(folder, 8) / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["files"][name] |= {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="refused, its pickle names"):
+        run_here(folder, "train.num_iterations=9", resume="auto")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_latest_that_names_nothing_does_not_matter(folder):
