@@ -107,7 +107,11 @@ def _without_download(node: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_checkpoint(path: str | os.PathLike, ema: bool = False) -> tuple[dict[str, Tensor], CheckpointInfo]:
-    """The model's state dict (on the CPU) and what is known about it. Arguments and errors as ``load_weights``."""
+    """The model's state dict (on the CPU) and what is known about it. Arguments and errors as ``load_weights``.
+
+    Raises:
+        CheckpointError: as ``load_weights``.
+    """
     path = Path(path).expanduser()
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder")
@@ -124,7 +128,11 @@ def read_checkpoint(path: str | os.PathLike, ema: bool = False) -> tuple[dict[st
 
 
 def fit_state(model: nn.Module, state: Mapping[str, Tensor], source: str | os.PathLike) -> None:
-    """``load_state_dict``, strict, with an error that says which names or shapes differ and what to do."""
+    """``load_state_dict``, strict, with an error that says which names or shapes differ and what to do.
+
+    Raises:
+        CheckpointError: they differ.
+    """
     expected = model.state_dict()
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     shapes = [
@@ -147,6 +155,9 @@ def guess_model(state: Mapping[str, Tensor]) -> DictConfig:
     """The ``model`` config that a state dict of MERU or CLIP was made with, from its names and shapes.
 
     Head counts leave no trace in a state dict: the published ones are assumed (64 channels a head, 12 heads for ViT-S).
+
+    Raises:
+        CheckpointError: the weights of another model.
     """
     try:
         width, _, patch, _ = state["visual.patch_embed.proj.weight"].shape
@@ -226,7 +237,11 @@ def save_export(
 
 
 def trusted_model(node: Mapping[str, Any], source: str | os.PathLike) -> Mapping[str, Any]:
-    """`node`, unless it names a callable that is not one of our models and towers: an export may come from anywhere."""
+    """`node`, unless it names a callable that is not one of our models and towers: an export may come from anywhere.
+
+    Raises:
+        CheckpointError: it names another callable.
+    """
     for key, value in node.items() if isinstance(node, Mapping) else ():
         if key == configs.TARGET and value not in _MODEL_TARGETS:
             raise CheckpointError(f"{source}: refused, it names {value!r}; pass the model config if you trust it")
@@ -248,7 +263,11 @@ def _whole(file: Path) -> Iterator[Path]:
 
 
 def find_step(folder: Path) -> Path:
-    """The step folder that a run folder, a ``checkpoints`` folder or a step folder means."""
+    """The step folder that a run folder, a ``checkpoints`` folder or a step folder means.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     if any(folder.glob("*_model_states.pt")):
         return folder
     for parent in (folder, folder / "checkpoints"):

@@ -114,6 +114,9 @@ def half_aperture(x: Tensor, curv: Scalar = 1.0, min_radius: float = 0.1, eps: f
 
     Inside the rim ``sqrt(curv) |x| <= 2 min_radius`` the cone is a half space: pi/2 with zero gradient. Just outside
     the true slope is unbounded; it is cut where ``x`` is within a relative ``eps`` of the rim.
+
+    Raises:
+        ValueError: `min_radius` is negative.
     """
     if not min_radius >= 0:
         raise ValueError(f"min_radius must not be negative, got {min_radius}")
@@ -190,7 +193,12 @@ def _unit(curv: Scalar, *points: Tensor) -> tuple:
 
 
 def check_points(*points: Tensor) -> None:
-    """Floating tensors of one width, on one device."""
+    """Floating tensors of one width, on one device.
+
+    Raises:
+        TypeError: integer points.
+        ValueError: no components, or widths or devices that differ.
+    """
     for point in points:
         if not point.is_floating_point():
             raise TypeError(f"points must be floating tensors, got {point.dtype}")
@@ -203,7 +211,7 @@ def check_points(*points: Tensor) -> None:
 
 
 def check_pairwise(x: Tensor, y: Tensor) -> None:
-    """Both points are matrices."""
+    """Both points are matrices. Raises ValueError: one of them is not."""
     if x.dim() != 2 or y.dim() != 2:
         raise ValueError(f"pairwise functions take [B1, D] and [B2, D], got {tuple(x.shape)} and {tuple(y.shape)}")
 

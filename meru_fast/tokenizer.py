@@ -38,7 +38,7 @@ class Tokenizer:
         return [torch.tensor(self.encode(item), dtype=torch.int32) for item in texts]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of one text as a list."""
+        """Ids of one text as a list. Raises TypeError: not a string."""
         if not isinstance(text, str):
             raise TypeError(f"expected a string, got {type(text).__name__}: {text!r}")
         text = clean(text)

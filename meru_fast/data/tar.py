@@ -10,7 +10,7 @@ def regular_members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     """The regular members, in order.
 
     Raises:
-        tarfile.TarError: damaged. (The standard library raises whatever a damaged number leads it to, and walks
+        tarfile.ReadError: damaged. (The standard library raises whatever a damaged number leads it to, and walks
             backwards for a negative size, in older versions for ever.)
         OSError: the file cannot be read.
     """

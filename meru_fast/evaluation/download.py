@@ -75,7 +75,11 @@ def download(what: tuple[Download, ...] | Hosted, root: Path) -> None:
 
 
 def fetch(url: str, path: Path) -> None:
-    """Download `url` to `path` through ``<path>.part``, from which an interrupted download goes on."""
+    """Download `url` to `path` through ``<path>.part``, from which an interrupted download goes on.
+
+    Raises:
+        DatasetError: no source could be read to its end.
+    """
     partial = path.with_name(path.name + ".part")
     start = partial.stat().st_size if partial.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})

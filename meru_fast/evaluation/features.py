@@ -133,6 +133,9 @@ def batches(
     """This process's batches, in order: uint8 [b, 3, H, W] and labels int64 [b].
 
     Threads decode ahead of the model (Pillow and torchvision release the interpreter lock), two batches at most.
+
+    Raises:
+        DatasetError: a picture cannot be read.
     """
     workers = loading.num_workers or min(os.cpu_count() or 1, 16)
     starts = own_starts(len(samples), loading.batch_size)

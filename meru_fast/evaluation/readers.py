@@ -127,6 +127,9 @@ def read_caltech101(root: Path, split: str) -> Split:
 
     The background class counts. The published draw depends on the order in which a file system listed the images; this
     one takes them sorted.
+
+    Raises:
+        DatasetError: a class folder is missing or has too few images.
     """
     folder = root / "caltech101" / "101_ObjectCategories"
     folders = sorted(expected_folders("caltech101", folder), key=str.lower)
@@ -190,6 +193,9 @@ def read_webdataset(name: str, root: Path, split: str) -> Split | CaptionedImage
     "test".
 
     ``classnames.txt`` is only compared in length: the names and prompts are those of the protocol.
+
+    Raises:
+        DatasetError: files are missing or damaged.
     """
     folder = root / split
     try:
@@ -240,7 +246,11 @@ def existing(name: str, paths: Sequence[Path], labels: Iterable[int]) -> ImageFi
 
 
 def read_columns(path: Path, columns: int) -> list[list[str]]:
-    """Lines of a text file in so many columns, without empty lines and comments (#)."""
+    """Lines of a text file in so many columns, without empty lines and comments (#).
+
+    Raises:
+        DatasetError: a file or a column is missing.
+    """
     rows = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         if not line.strip() or line.startswith("#"):

@@ -119,7 +119,7 @@ class TarMembers:
         return suffix in self._members[index]
 
     def read(self, index: int, suffix: str) -> bytes:
-        """Content of one member."""
+        """Content of one member. Raises DatasetError: it is cut off."""
         path, offset, size = self._members[index][suffix]
         with path.open("rb", buffering=0) as file:
             whole = offset + size <= os.fstat(file.fileno()).st_size  # else it may not even fit into memory
@@ -172,6 +172,9 @@ def labelled_folder(
     Args:
         class_names: names for the prompts, in the order of the sorted folders; default is the folder names with spaces
             for underscores.
+
+    Raises:
+        DatasetError: no folder, no images, or another number of class names.
     """
     folders = class_folders(name, root)
     if class_names is not None and len(class_names) != len(folders):
@@ -185,7 +188,7 @@ def labelled_folder(
 
 
 def class_folders(name: str, root: Path) -> list[str]:
-    """Sorted names of the folders in `root`."""
+    """Sorted names of the folders in `root`. Raises DatasetError: there are none."""
     if not root.is_dir():
         raise DatasetError(f"{name}: no folder {root}")
     folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
@@ -210,6 +213,9 @@ def labelled_manifest(
     """A JSON, JSON lines or CSV file with the fields ``image`` (path relative to the file) and ``label``.
 
     A label is a position in `class_names` or a class name; without `class_names` the sorted labels are the names.
+
+    Raises:
+        DatasetError: the file or a row of it cannot be used; names it.
     """
     rows = manifest_rows(name, path, ("image", "label"))
     values = [row["label"] for row in rows]
@@ -233,6 +239,9 @@ def captioned_manifest(name: str, path: Path) -> CaptionedImages:
     list).
 
     Rows of the same image are joined.
+
+    Raises:
+        DatasetError: the file or a row of it cannot be used; names it.
     """
     rows = manifest_rows(name, path, ("image",))
     captions_of: dict[str, list[str]] = {}
@@ -256,7 +265,11 @@ def captioned(name: str, samples: Samples, captions_of: Sequence[Sequence[str]],
 
 
 def manifest_rows(name: str, path: Path, needed: Sequence[str]) -> list[Mapping[str, Any]]:
-    """Rows of a manifest file, each with the `needed` fields."""
+    """Rows of a manifest file, each with the `needed` fields.
+
+    Raises:
+        DatasetError: the file or a row of it cannot be used; names it.
+    """
     rows: list[Mapping[str, Any]]
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -282,7 +295,11 @@ def manifest_rows(name: str, path: Path, needed: Sequence[str]) -> list[Mapping[
 def labelled_tars(
     name: str, paths: Sequence[Path], class_names: Sequence[str], prompts: Sequence[str] = DEFAULT_PROMPTS
 ) -> LabelledImages:
-    """TARs of ``KEY.<image>`` and ``KEY.cls`` (the label as a decimal number), as CLIP_benchmark builds them."""
+    """TARs of ``KEY.<image>`` and ``KEY.cls`` (the label as a decimal number), as CLIP_benchmark builds them.
+
+    Raises:
+        DatasetError: a TAR or a label cannot be used; names it.
+    """
     samples = TarMembers(paths)
     for index, key in enumerate(samples.keys):
         if not samples.has(index, "cls"):
@@ -297,7 +314,11 @@ def labelled_tars(
 
 
 def captioned_tars(name: str, paths: Sequence[Path]) -> CaptionedImages:
-    """TARs of ``KEY.<image>`` and ``KEY.json`` with ``caption`` (RedCaps, img2dataset) or ``KEY.txt`` (one a line)."""
+    """TARs of ``KEY.<image>`` and ``KEY.json`` with ``caption`` (RedCaps, img2dataset) or ``KEY.txt`` (one a line).
+
+    Raises:
+        DatasetError: a TAR or a caption cannot be used; names it.
+    """
     samples = TarMembers(paths)
     captions_of = []
     for index, key in enumerate(samples.keys):

@@ -118,6 +118,10 @@ class CLIP(nn.Module, PyTorchModelHubMixin, coders={nn.Module: (recipe_of, from_
         Args:
             images: [B, 3, H, W], float in [0, 1] or uint8.
             project: end in the embedding space; otherwise right after the linear projection.
+
+        Raises:
+            ValueError: another shape.
+            TypeError: another dtype.
         """
         if images.ndim != 4 or images.shape[1] != len(self.pixel_mean):
             raise ValueError(f"expected images [B, {len(self.pixel_mean)}, H, W], got {tuple(images.shape)}")
@@ -192,7 +196,11 @@ class CLIP(nn.Module, PyTorchModelHubMixin, coders={nn.Module: (recipe_of, from_
         return card(self, type(self).__name__)
 
     def hub_config(self) -> dict[str, Any]:
-        """The arguments that build this model again, as the ``model`` part of a config."""
+        """The arguments that build this model again, as the ``model`` part of a config.
+
+        Raises:
+            ValueError: a tower carries no recipe.
+        """
         for name in ("visual", "textual"):
             if self._hub_mixin_config.get(name) is None:
                 raise ValueError(f"the {name} tower does not say how it was built: give it a `recipe` (models.recipe)")

@@ -75,6 +75,9 @@ class TransformerTextEncoder(nn.Module):
         """Features [b, width] of packed captions, or of right-padded int ids [b, n] (the slower reference).
 
         A caption is read at its largest id, which is its first end of text.
+
+        Raises:
+            ValueError: padded ids of another shape, or longer than the context.
         """
         if isinstance(tokens, PackedTokens):
             return self._packed(tokens)

@@ -91,6 +91,9 @@ def sincos_2d(grid: tuple[int, int], width: int, prefix: int = 1) -> Tensor:
 
     Frequencies are ``10000^(-i / (width/4))``. The first half of the channels encodes the *row* of a patch, the second
     its column, as in MoCo-v3 (whose code calls the row "w").
+
+    Raises:
+        ValueError: `width` is not divisible by 4.
     """
     if width % 4:
         raise ValueError(f"2-D sine-cosine positions need a width divisible by 4, got {width}")

@@ -9,7 +9,11 @@ MAX_WIDTH = 1024  # longest row the Triton kernels hold in registers
 
 
 def scalar(name: str, value: Scalar, like: Tensor) -> Tensor:
-    """A positive number or a tensor of one element as a 0-dim tensor on the device of ``like``, without a host sync."""
+    """A positive number or a tensor of one element as a 0-dim tensor on the device of ``like``, without a host sync.
+
+    Raises:
+        ValueError: not positive, or a tensor of several elements.
+    """
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} must be one number, got a tensor of shape {tuple(value.shape)}")
@@ -27,7 +31,7 @@ def rows(x: Tensor) -> Tensor:
 
 
 def refuse_double_backward(ctx: object, *grads: Tensor) -> None:
-    """Registered as the derivative of every backward kernel."""
+    """Registered as the derivative of every backward kernel. Raises RuntimeError: always."""
     raise RuntimeError(
         "the Triton kernels have no double backward: take the functions of meru_fast.lorentz, "
         "or meru_fast.ops.use_backend('torch')"

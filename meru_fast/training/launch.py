@@ -220,6 +220,9 @@ def start_processes(args: argparse.Namespace, argv: list[str]) -> int:
     """Start this machine's processes through DeepSpeed's per-machine launcher, and wait for them.
 
     The launcher stops all processes when one of them fails, and hands SIGTERM on to them.
+
+    Raises:
+        ConfigError: several machines without a usable ``--dist-url``.
     """
     per_machine = args.num_gpus or 1
     if args.num_machines > 1:

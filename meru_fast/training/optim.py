@@ -66,7 +66,11 @@ def build_optimizer(
     gain_bias_decay: float | None = 0.0,
     exclude_params: Iterable[str] = SCALARS,
 ) -> torch.optim.AdamW:
-    """torch's fused AdamW (one pass over weights, gradients and moments) over :func:`parameter_groups`."""
+    """torch's fused AdamW (one pass over weights, gradients and moments) over :func:`parameter_groups`.
+
+    Raises:
+        ConfigError: the model has no trainable parameter.
+    """
     groups = parameter_groups(model, weight_decay, gain_bias_decay, exclude_params)
     if not groups:
         raise ConfigError("the model has no trainable parameter (train.freeze matches all of them?)")
