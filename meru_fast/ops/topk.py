@@ -9,6 +9,7 @@ from meru_fast.ops.arguments import rows, scalar
 from meru_fast.ops.backend import active_backend
 
 CHUNK = 1 << 22  # scores the PyTorch path holds at a time
+POINTS = 1 << 20  # components of the gallery at a time: the passes over them stay in the cache
 QUERIES = 1024
 LAST = 0x7FFFFFFF
 NONE = LAST << 32 | LAST  # behind every candidate
@@ -67,20 +68,19 @@ def _nearest(queries: Tensor, gallery: Tensor, k: int, curv: Tensor, entailment:
             return _unpack(_smallest(packed ^ NONE, k))
     dtype = torch.promote_types(torch.promote_types(queries.dtype, gallery.dtype), torch.float32)
     root = curv.to(dtype).sqrt()
-    v = root * gallery.to(dtype)
-    blocks = [_search(root * block.to(dtype), v, k, entailment) for block in queries.split(QUERIES)]
+    blocks = [_search(root * block.to(dtype), gallery, root, k, entailment) for block in queries.split(QUERIES)]
     delta, indices = zip(*blocks, strict=True)
     return torch.cat(delta), torch.cat(indices)
 
 
-def _search(u: Tensor, v: Tensor, k: int, entailment: float | None) -> tuple[Tensor, Tensor]:
+def _search(u: Tensor, gallery: Tensor, root: Tensor, k: int, entailment: float | None) -> tuple[Tensor, Tensor]:
     """``_nearest`` for a block of queries on the unit hyperboloid, a chunk of the gallery at a time."""
     best_delta, best_index = u.new_empty(len(u), 0), torch.empty(len(u), 0, dtype=torch.int64, device=u.device)
     rx = lorentz.norm(u)
     xi = lorentz.shifted_time(rx)
-    step = max(k, CHUNK // max(1, len(u)))
-    for first in range(0, len(v), step):
-        chunk = v[first : first + step]
+    step = max(k, min(CHUNK // max(1, len(u)), POINTS // gallery.shape[1]))
+    for first in range(0, len(gallery), step):
+        chunk = root * gallery[first : first + step].to(u.dtype)
         ry = lorentz.norm(chunk).T
         yi = lorentz.shifted_time(ry)
         inner = lorentz.gram(u, chunk)
