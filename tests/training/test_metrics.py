@@ -8,8 +8,8 @@ import struct
 import subprocess
 from pathlib import Path
 
+import pytest
 from training_runs import command, environment, metrics, run
-from wandb.proto.wandb_internal_pb2 import Record
 
 from meru_fast.training.metrics import CsvLog, describe
 
@@ -75,8 +75,10 @@ def test_terminal_gets_a_bar_that_stays_in_place(tmp_path):
     assert "img/s" in (tmp_path / "logs" / "rank0.log").read_text()
 
 
-def wandb_records(file: Path) -> list[Record]:
+def wandb_records(file: Path) -> list:
     """What an offline run of Weights & Biases wrote: a header of 7 bytes, then LevelDB's log format."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
     data, place, record, found = file.read_bytes(), 7, b"", []
     while place < len(data):
         if 32768 - place % 32768 < 7:  # no header fits into what is left of the block
@@ -93,6 +95,7 @@ def wandb_records(file: Path) -> list[Record]:
 
 def test_wandb_gets_the_same_numbers_and_the_config(tmp_path):
     """The real package, offline: no account and no network."""
+    pytest.importorskip("wandb", reason="an optional package that no extra brings")
     run(tmp_path, "train.wandb=meru", WANDB_MODE="offline", WANDB_SILENT="true")
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     assert file.stem == f"run-{(tmp_path / 'wandb_id').read_text()}"
