@@ -50,7 +50,7 @@ def test_compiler_still_delivers_everything(name: str) -> None:
 
 
 def check(name: str) -> None:
-    """Compile for sm_90: no new spill, no lost pipeline, an epilogue that grew by 3 % at most.
+    """Compile for sm_90: no new spill, no lost pipeline, an epilogue that grew by 5 % at most.
 
     Figures move with the assembler, so a compiler other than the table's may need a few registers more.
     """
@@ -67,7 +67,7 @@ print(json.dumps(vars(measure(spec, "sm_90"))))
     assert now["async_copies"] >= min(stored.async_copies, 1)
     assert now["programs_per_sm"] >= stored.programs_per_sm
     if stored.per_output > 0:
-        assert now["per_output"] <= 1.03 * stored.per_output
+        assert now["per_output"] <= 1.05 * stored.per_output
 
 
 def compiled(script: str) -> str:
