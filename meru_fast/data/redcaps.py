@@ -128,6 +128,9 @@ def _records(file: Path) -> Iterator[dict[str, str]]:
     try:
         records = json.loads(file.read_text(encoding="utf-8"))["annotations"]
         for record in records:
+            for name in ("image_id", "subreddit"):  # parts of a path: nothing outside the folder is read
+                if record[name] in ("", ".", "..") or set(record[name]) & {"/", "\\", "\0"}:
+                    raise ValueError(f"{name} {record[name]!r} is no file name")
             yield {name: record[name] for name in ("image_id", "subreddit", "caption")}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file} is not a RedCaps annotation file: {type(error).__name__} {error}") from error

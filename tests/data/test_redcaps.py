@@ -102,3 +102,13 @@ def test_errors_name_the_file(downloaded, tmp_path, capsys):
         redcaps.prepare(downloaded, tmp_path / "s", workers=1, progress=False)
     assert redcaps.main([str(tmp_path), str(tmp_path / "s")]) == 1
     assert "annotations/, images/" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("image_id", "subreddit"), [("../../secret", "cats"), ("a", ".."), ("a", "/etc"), ("", "cats")]
+)
+def test_no_record_leads_out_of_the_folder(downloaded, tmp_path, image_id, subreddit):
+    file = downloaded / "annotations" / "bad_2020.json"
+    file.write_text(json.dumps({"annotations": [annotation(image_id, subreddit, "c")]}))
+    with pytest.raises(DataError, match=r"bad_2020\.json is not.*is no file name"):
+        redcaps.prepare(downloaded, tmp_path / "s", workers=1, progress=False)
