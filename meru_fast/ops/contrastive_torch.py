@@ -124,11 +124,10 @@ class TorchEngine:
             row_max = logit.amax(1)
             top = row_max.max()
             # one exp for both directions: a column's terms are the row's, rebased from row maxima to the tile's
-            exp = logit.sub_(row_max[:, None]).exp2_()
+            exp = torch.sub(logit, row_max[:, None], out=_view(buffers[2], logit.shape)).exp2_()
             row_sum = exp.sum(1)
             col_sum = torch.mv(exp.T, (row_max - top).exp2_())
             if not _known(col_sum.min() > 2**-SAFE_REBASE):
-                logit = self._tile_logits(x, y, pair, columns, rows, cols, buffers)
                 top = logit.amax(0)
                 col_sum = logit.sub_(top).exp2_().sum(0)
             row_gap[rows] = torch.logaddexp2(row_gap[rows], (row_max - pair[1, rows]) + row_sum.log2_())
