@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import devices, published
+from benchmarks.bench_text_tower import transformer_flop
 from meru_fast import config as configs
 from meru_fast.config import instantiate
 from meru_fast.data import build_loader
@@ -114,7 +115,6 @@ def measure(cfg: Any, given: dict[str, Any], args: argparse.Namespace) -> dict[s
         "published_peak_gb": peaks.get("published", "") if on_gpu else "",
         "step_ms": 1e3 * median["ours"],
         **{f"{part.replace(' ', '_')}_ms": 1e3 * parts[part] for part in PARTS},
-        **padding(engine, batches, device),
         **devices.describe(device),
         "clocks": devices.clocks(device),
     }
@@ -254,29 +254,6 @@ def share(engine: Engine, batches: Batches, whole: float, device: torch.device, 
     return found
 
 
-def padding(engine: Engine, batches: Batches, device: torch.device, repeats: int = 5) -> dict[str, float]:
-    """What packing saves in the text tower, forward and backward: the share of padding, and both times, in turns."""
-    model = engine.model
-    _, tokens = next(batches)
-    padded = tokens.to_padded().to(device)
-
-    def run(form: Any) -> None:
-        model.textual(form).float().sum().backward()
-
-    times: dict[str, list[float]] = {"packed": [], "padded": []}
-    with engine.deepspeed.no_sync():
-        for _ in range(repeats):
-            for name, form in (("packed", tokens.to(device)), ("padded", padded)):
-                engine.deepspeed.zero_grad()
-                times[name].append(timed(lambda form=form: run(form), device)[0])
-    engine.deepspeed.zero_grad()
-    return {
-        "padding_share": 1 - sum(tokens.lengths) / padded.numel(),
-        "text_packed_ms": 1e3 * statistics.median(times["packed"]),
-        "text_padded_ms": 1e3 * statistics.median(times["padded"]),
-    }
-
-
 def step_flop(cfg: Any, batch: int, lengths: Sequence[int]) -> float:
     """FLOP of a training step by the formula of the module's docstring."""
     with torch.device("meta"):
@@ -285,16 +262,13 @@ def step_flop(cfg: Any, batch: int, lengths: Sequence[int]) -> float:
     patches = vit.patch_embed.num_patches
     patch_values = vit.patch_embed.proj.weight[0].numel()
     image = (
-        _layers(len(vit.blocks), vit.width, patches + vit.num_prefix_tokens) + 2 * patches * patch_values * vit.width
+        transformer_flop(len(vit.blocks), vit.width, patches + vit.num_prefix_tokens)
+        + 2 * patches * patch_values * vit.width
     )
-    text = sum(_layers(model.textual.layers, model.textual.width, n) for n in lengths)
+    text = sum(transformer_flop(model.textual.layers, model.textual.width, n) for n in lengths)
     heads = 2 * batch * model.embed_dim * (vit.width + model.textual.width) + 2 * batch**2 * model.embed_dim
     gc.collect()
     return 3.0 * (batch * image + text + heads)
-
-
-def _layers(layers: int, width: int, tokens: int) -> float:
-    return layers * (24 * tokens * width**2 + 4 * tokens**2 * width)
 
 
 def matrix_rate(device: torch.device) -> float:
@@ -321,11 +295,6 @@ def show(row: dict[str, Any]) -> None:
     for part in PARTS:
         taken = row[f"{part.replace(' ', '_')}_ms"]
         print(f"  {part:<12}{taken:10.1f} ms {100 * taken / whole:5.1f} %")
-    print(
-        f"  text tower packed {row['text_packed_ms']:.1f} ms, padded {row['text_padded_ms']:.1f} ms: "
-        f"{100 * (1 - row['text_packed_ms'] / row['text_padded_ms']):.0f} % saved at "
-        f"{100 * row['padding_share']:.0f} % padding"
-    )
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
