@@ -3,6 +3,8 @@
 accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py
 """
 
+import argparse
+
 import torch
 from accelerate import Accelerator
 from plain_pytorch import Encoders
@@ -51,4 +53,5 @@ def main(epochs: int = 20) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

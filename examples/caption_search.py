@@ -17,10 +17,10 @@ from meru_fast.evaluation.transforms import EvalTransform
 from meru_fast.tokenizer import Tokenizer
 
 
-def embed_query(model: nn.Module, image: Path | None, text: str | None) -> Tensor:
-    if image is None:
+def embed_query(model: nn.Module, picture: Image.Image | None, text: str | None) -> Tensor:
+    if picture is None:
         return model.encode_text(Tokenizer()([text]))
-    pixels = EvalTransform(model.visual.patch_embed.img_size[0])(Image.open(image))
+    pixels = EvalTransform(model.visual.patch_embed.img_size[0])(picture)
     return model.encode_image(pixels[None])
 
 
@@ -35,17 +35,18 @@ def main() -> None:
     parser.add_argument("-k", type=int, default=5, help="how many (default: %(default)s)")
     args = parser.parse_args()
     try:
+        captions = [line.strip() for line in args.captions.read_text().splitlines() if line.strip()]
+        picture = Image.open(args.image) if args.image else None
         model, _ = load_model(args.checkpoint)
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     if model.geometry != "lorentz":
         raise SystemExit(f"error: {args.checkpoint} is a CLIP model, and cones need a MERU model")
 
-    captions = [line.strip() for line in args.captions.read_text().splitlines() if line.strip()]
     with torch.inference_mode():
         curv = model.scalar("curv")
         batches = [model.encode_text(Tokenizer()(captions[i : i + 256])) for i in range(0, len(captions), 256)]
-        point = embed_query(model, args.image, args.text)
+        point = embed_query(model, picture, args.text)
         cones = model.min_radius if args.cones else None
         _, nearest = ops.topk(point, torch.cat(batches), args.k, curv, entailment=cones)
     found = [captions[index] for index in nearest[0].tolist() if index >= 0]

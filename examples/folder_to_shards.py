@@ -48,7 +48,10 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="where the shards go")
     parser.add_argument("--pairs-per-shard", type=int, default=1000, help="default: %(default)s")
     args = parser.parse_args()
-    count = convert(args.folder, args.table, args.output, args.pairs_per_shard)
+    try:
+        count = convert(args.folder, args.table, args.output, args.pairs_per_shard)
+    except OSError as error:
+        raise SystemExit(f"error: {error}") from None
     print(f"{count:,} pairs in {args.output}. Check them:  meru-fast verify '{args.output}/*.tar'")
     print(f"Train on them:  ... dataset.shards='{args.output}/*.tar'")
 

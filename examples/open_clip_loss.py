@@ -3,6 +3,8 @@
 python examples/open_clip_loss.py
 """
 
+import argparse
+
 import open_clip
 import torch
 from open_clip.loss import ClipLoss
@@ -57,4 +59,5 @@ def main(steps: int = 60) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

@@ -3,6 +3,8 @@
 python examples/plain_pytorch.py
 """
 
+import argparse
+
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -48,7 +50,6 @@ def main(steps: int = 400) -> None:
         optimizer.step()
         if step % 100 == 0 or step == steps - 1:
             print(f"step {step:3d}  contrastive {contrastive:.3f}  entailment {entailment:.3f}")
-
     with torch.no_grad():
         image, text = model(pixels[1400:], torch.arange(len(CAPTIONS)))
         image_alpha, text_alpha, curv, _ = model.scalars()
@@ -60,4 +61,5 @@ def main(steps: int = 400) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

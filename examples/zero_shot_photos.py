@@ -23,11 +23,11 @@ def main() -> None:
     args = parser.parse_args()
     try:
         model, _ = load_model(args.checkpoint)
-    except CheckpointError as error:
+        transform = EvalTransform(model.visual.patch_embed.img_size[0])
+        images = torch.stack([transform(Image.open(photo)) for photo in args.photos])
+    except (CheckpointError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
 
-    transform = EvalTransform(model.visual.patch_embed.img_size[0])
-    images = torch.stack([transform(Image.open(photo)) for photo in args.photos])
     with torch.inference_mode():
         labels = class_embeddings(model, args.labels, args.prompts)
         scores = model.similarity(model.encode_image(images), labels)

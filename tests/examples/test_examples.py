@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tarfile
@@ -128,8 +129,16 @@ def test_caption_search_finds_the_caption_itself_first(tmp_path, photos, weights
     assert found == ["no caption's cone contains it"] or set(found) <= set(captions)
 
 
-def test_every_example_is_tested_and_explains_itself():
-    here = Path(__file__).read_text()
-    for path in EXAMPLES.glob("*.py"):
-        assert f'"{path.name}"' in here
-        assert f"examples/{path.name}" in path.read_text().split('"""')[1]
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_every_example_is_tested_and_explains_itself(path, monkeypatch, capsys):
+    assert f'"{path.name}"' in Path(__file__).read_text()
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(path), run_name="__main__")
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: {path.name} ")
+    what, *commands = path.read_text().split('"""')[1].strip().splitlines()
+    assert what in text
+    assert commands
+    assert all(f"examples/{path.name}" in command and command in text for command in commands if command)
