@@ -14,7 +14,7 @@ those of the patched package wherever it has them.
 import functools
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -77,26 +77,41 @@ def meru(package: str = "meru") -> Patch:
         package: import name of the copy, with the modules ``lorentz`` and ``models``.
 
     Raises:
-        ImportError: there is no such package.
-        AttributeError: it is not laid out like MERU.
+        ImportError: there is no such package, or it has no such modules.
+        AttributeError: its models are others.
     """
-    patch, models = _patch_geometry(package)
-    patch.set(models.MERU, "forward", _meru_forward)
-    patch.set(models.CLIPBaseline, "forward", _clip_forward)
-    return patch
+    return _patched(package, {"CLIPBaseline": _clip_forward, "MERU": _meru_forward})
 
 
 def hycoclip(package: str = "hycoclip") -> Patch:
-    """Patch the installed HyCoCLIP code base: as ``meru()``, and its four-term entailment and box contrast."""
-    patch = meru(package)
-    models = importlib.import_module(f"{package}.models")
-    patch.set(models.HyCoCLIP, "forward", _hycoclip_forward)
+    """Patch the installed HyCoCLIP code base: as ``meru()``, and its four-term entailment and box contrast.
+
+    Raises:
+        ImportError, AttributeError: as ``meru``.
+    """
+    forwards = {"CLIPBaseline": _clip_forward, "MERU": _meru_forward, "HyCoCLIP": _hycoclip_forward}
+    return _patched(package, forwards)
+
+
+def _patched(package: str, forwards: Mapping[str, Callable]) -> Patch:
+    """Replace the geometry and the forward passes of these models; all or, after an error, nothing."""
+    try:
+        lorentz, models = (importlib.import_module(f"{package}.{name}") for name in ("lorentz", "models"))
+    except ImportError as error:
+        raise ImportError(
+            f"cannot patch {package!r} ({error}): install that code base, or pass the import name of your copy"
+        ) from error
+    lacking = [name for name in forwards if not hasattr(models, name)]
+    if lacking:
+        raise AttributeError(f"cannot patch {package!r}: {package}.models has no {', '.join(lacking)}")
+    patch = Patch()
+    _replace_geometry(patch, package, lorentz)
+    for name, forward in forwards.items():
+        patch.set(getattr(models, name), "forward", forward)
     return patch
 
 
-def _patch_geometry(package: str) -> tuple[Patch, ModuleType]:
-    lorentz, models = (importlib.import_module(f"{package}.{name}") for name in ("lorentz", "models"))
-    patch = Patch()
+def _replace_geometry(patch: Patch, package: str, lorentz: ModuleType) -> None:
     for name in GEOMETRY:
         original = getattr(lorentz, name, None)
         if original is None or original is GEOMETRY[name]:
@@ -105,7 +120,6 @@ def _patch_geometry(package: str) -> tuple[Patch, ModuleType]:
         for module in [m for key, m in sys.modules.items() if key == package or key.startswith(f"{package}.")]:
             for alias in [key for key, value in vars(module).items() if value is original]:
                 patch.set(module, alias, GEOMETRY[name])
-    return patch, models
 
 
 def _fp32(forward: Callable) -> Callable:
@@ -202,13 +216,26 @@ def oxy_angle_eval(x: Tensor, y: Tensor, curv: Tensor | float = 1.0, eps: float 
 
 
 def pairwise_inner_batch(x: Tensor, y: Tensor, curv: Tensor) -> Tensor:
-    """Lorentz inner products per factor (PHyCLIP): [B1, N, D], [B2, N, D], curv [N] -> [N, B1, B2]."""
+    """Lorentz inner products per factor (PHyCLIP): [B1, N, D], [B2, N, D], curv [N] -> [N, B1, B2].
+
+    Raises ValueError for other shapes, as all of these do.
+    """
+    _roots(curv, x, y)
     return torch.stack([pairwise_inner(x[:, n], y[:, n], curv[n]) for n in range(x.shape[1])])
 
 
 def pairwise_dist_batch(x: Tensor, y: Tensor, curv: Tensor, eps: float = 1e-8) -> Tensor:
     """Geodesic distances per factor (PHyCLIP): [B1, N, D], [B2, N, D], curv [N] -> [N, B1, B2]."""
+    _roots(curv, x, y)
     return torch.stack([pairwise_dist(x[:, n], y[:, n], curv[n]) for n in range(x.shape[1])])
+
+
+def _roots(curv: Tensor, *points: Tensor) -> Tensor:
+    """``sqrt(curv)`` as [N, 1]. Raises ValueError unless the points are [B, N, D] and curv is [N]."""
+    if any(part.dim() != 3 or part.shape[1:2] != curv.shape for part in points):
+        shapes = ", ".join(str(list(part.shape)) for part in points)
+        raise ValueError(f"expected points [B, N, D] and curv [N], got {shapes} and {list(curv.shape)}")
+    return curv.sqrt()[:, None]
 
 
 # A hyperboloid of curvature -c is that of curvature -1 shrunk by sqrt(c): so all factors go through one call.
@@ -216,24 +243,24 @@ def pairwise_dist_batch(x: Tensor, y: Tensor, curv: Tensor, eps: float = 1e-8) -
 
 def exp_map0_batch(x: Tensor, curv: Tensor, eps: float = 1e-8) -> Tensor:
     """Exponential map at the root per factor (PHyCLIP): [B, N, D], curv [N] -> [B, N, D]."""
-    root = curv.sqrt()[:, None]
+    root = _roots(curv, x)
     return exp_map0(x * root, 1.0) / root
 
 
 def log_map0_batch(x: Tensor, curv: Tensor, eps: float = 1e-8) -> Tensor:
     """Inverse of ``exp_map0_batch``."""
-    root = curv.sqrt()[:, None]
+    root = _roots(curv, x)
     return log_map0(x * root, 1.0) / root
 
 
 def half_aperture_batch(x: Tensor, curv: Tensor, min_radius: float = 0.1, eps: float = 1e-8) -> Tensor:
     """Half apertures per factor (PHyCLIP): [B, N, D], curv [N] -> [N, B]."""
-    return half_aperture(x * curv.sqrt()[:, None], 1.0, min_radius).T
+    return half_aperture(x * _roots(curv, x), 1.0, min_radius).T
 
 
 def oxy_angle_batch(x: Tensor, y: Tensor, curv: Tensor, eps: float = 1e-8) -> Tensor:
     """Exterior angles at x per factor (PHyCLIP): [B, N, D], [B, N, D], curv [N] -> [N, B]."""
-    root = curv.sqrt()[:, None]
+    root = _roots(curv, x, y)
     return oxy_angle(x * root, y * root, 1.0).T
 
 
@@ -244,7 +271,7 @@ def get_space_norm(x: Tensor) -> Tensor:
 
 def get_distance_from_origin(x: Tensor, curv: Tensor) -> Tensor:
     """Geodesic distance from the root per factor (PHyCLIP): [B, N, D], curv [N] -> [B, N, 1]."""
-    root = curv.sqrt()[:, None]
+    root = _roots(curv, x)
     return torch.asinh(get_space_norm(x) * root) / root
 
 

@@ -119,10 +119,25 @@ def test_functions_agree(name):
 
 
 def test_a_package_of_another_layout_is_named():
-    with pytest.raises(ModuleNotFoundError, match="no_such_package"):
+    with pytest.raises(ImportError, match=r"cannot patch 'no_such_package' .* install that code base, or pass"):
         patch.meru("no_such_package")
     package = types.ModuleType("half_a_package")
     package.__path__ = []
     sys.modules["half_a_package"] = package
-    with pytest.raises(ModuleNotFoundError, match=r"half_a_package.lorentz"):
+    with pytest.raises(ImportError, match=r"half_a_package.lorentz"):
         patch.hycoclip("half_a_package")
+
+
+def test_a_package_without_a_model_is_left_as_it_is(monkeypatch):
+    monkeypatch.delattr(models, "HyCoCLIP")
+    before = dict(vars(lorentz)), models.MERU.forward
+    with pytest.raises(AttributeError, match=r"hyperbolic_stand_in.models has no HyCoCLIP"):
+        patch.hycoclip(PACKAGE)
+    assert (dict(vars(lorentz)), models.MERU.forward) == before
+
+
+def test_factors_and_curvatures_must_match():
+    with pytest.raises(ValueError, match=r"curv \[N\], got \[5, 3, 4\] and \[2\]"):
+        patch.exp_map0_batch(points(5, 3, 4), torch.ones(2))
+    with pytest.raises(ValueError, match=r"got \[5, 4\], \[5, 3, 4\] and \[3\]"):
+        patch.pairwise_dist_batch(points(5, 4), points(5, 3, 4), torch.ones(3))
