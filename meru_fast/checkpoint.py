@@ -8,8 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from meru_fast import config as configs
 from meru_fast.config import LazyCall
+from meru_fast.files import whole
 
 SAFETENSORS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 RUN_CONFIG_FILE, EMA_FILE = "config.yaml", "ema.pt"
@@ -91,6 +91,10 @@ def load_model(
     Args:
         model_config: the ``model`` part of the training config. Otherwise the one recorded with the checkpoint, and
             failing that a guess from the shapes (``info.model`` is None then).
+
+    Raises:
+        CheckpointError: as ``load_weights``.
+        ConfigError: `model_config` does not build a model.
     """
     state, info = read_checkpoint(path, ema=ema)
     node = model_config if model_config is not None else info.model if info.model is not None else guess_model(state)
@@ -211,7 +215,7 @@ def save_published(
     content: dict[str, Any] = {"model": {name: value.cpu() for name, value in state.items()}, "iteration": iteration}
     if root is not None:
         content["root"] = root.cpu()
-    with _whole(Path(file)) as partial:
+    with whole(Path(file)) as partial:
         torch.save(content, partial)
 
 
@@ -222,7 +226,11 @@ def save_export(
     iteration: int | None = None,
     root: Tensor | None = None,
 ) -> None:
-    """Write ``model.safetensors`` and the ``config.json`` that ``MERU.from_pretrained`` and ``load_model`` read."""
+    """Write ``model.safetensors`` and the ``config.json`` that ``MERU.from_pretrained`` and ``load_model`` read.
+
+    Raises:
+        CheckpointError: `model_config` names a callable that is not one of our models and towers.
+    """
     from safetensors.torch import save_file
 
     folder = Path(folder)
@@ -230,9 +238,9 @@ def save_export(
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     tensors |= {} if root is None else {"root": root.cpu()}
     metadata = {"format": "pt"} | ({} if iteration is None else {"iteration": str(iteration)})
-    with _whole(folder / SAFETENSORS_FILE) as partial:
+    with whole(folder / SAFETENSORS_FILE) as partial:
         save_file(tensors, partial, metadata)
-    with _whole(folder / CONFIG_FILE) as partial:
+    with whole(folder / CONFIG_FILE) as partial:
         partial.write_text(json.dumps(model_config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -248,18 +256,6 @@ def trusted_model(node: Mapping[str, Any], source: str | os.PathLike) -> Mapping
         if isinstance(value, Mapping):
             trusted_model(value, source)
     return node
-
-
-@contextmanager
-def _whole(file: Path) -> Iterator[Path]:
-    """A file to write that becomes `file` when it is complete."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        yield partial
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def find_step(folder: Path) -> Path:

@@ -31,6 +31,8 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from meru_fast.files import whole
+
 TARGET = "_target_"
 TRUST = "MERU_FAST_TRUST"  # variable with the packages, comma-separated, that YAML files may name too
 YAML_TARGETS = re.compile(
@@ -53,6 +55,9 @@ class LazyCall:
     Args:
         target: a callable found at the top level of an importable module, or its dotted name (which is not imported
             before ``instantiate``).
+
+    Raises:
+        ConfigError: a target that cannot be imported by name, or, when called, an argument that YAML cannot hold.
     """
 
     def __init__(self, target: Callable | str):
@@ -122,11 +127,8 @@ def apply_overrides(config: DictConfig, overrides: Iterable[str]) -> DictConfig:
 
 def save(config: DictConfig, path: str | os.PathLike) -> None:
     """Write `config` as YAML that ``load`` reads back to an equal config. The file appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(OmegaConf.to_yaml(config), encoding="utf-8")
-    partial.replace(path)
+    with whole(Path(path)) as partial:
+        partial.write_text(OmegaConf.to_yaml(config), encoding="utf-8")
 
 
 def instantiate(node: Any, **arguments: Any) -> Any:

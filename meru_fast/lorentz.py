@@ -94,9 +94,7 @@ def exp_map0(x: Tensor, curv: Scalar = 1.0, eps: float = 1e-8) -> Tensor:
     root, x = _prepare(curv, x)
     s = root * norm(x)
     near = _series(_SINH_SERIES, s.clamp(max=1) ** 2)
-    far = torch.sinh(s.clamp(0.5, LIFT_MAX)) / s.clamp(
-        min=0.5
-    )  # clamped below 1: no ties, whose gradient is torch's taste
+    far = torch.sinh(s.clamp(0.5, LIFT_MAX)) / s.clamp(min=0.5)  # clamped below 1, where both meet: no ties
     return torch.where(s < 1, near, far) * x
 
 

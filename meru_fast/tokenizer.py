@@ -2,7 +2,7 @@
 
 import gzip
 import html
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -33,8 +33,12 @@ class Tokenizer:
     """
 
     def __call__(self, text: str | Sequence[str]) -> list[Tensor]:
-        """Ids of every text as int32 tensors [n], with start and end, neither truncated nor padded."""
-        texts = [text] if isinstance(text, str) else text
+        """Ids of every text as int32 tensors [n], with start and end, neither truncated nor padded.
+
+        Raises:
+            TypeError: not a string, or not strings.
+        """
+        texts = text if isinstance(text, Iterable) and not isinstance(text, str) else [text]
         return [torch.tensor(self.encode(item), dtype=torch.int32) for item in texts]
 
     def encode(self, text: str) -> list[int]:
@@ -124,11 +128,16 @@ class PackedTokens:
 
         Raises:
             ValueError: an empty caption, or no captions.
+            TypeError: captions that are no token ids.
         """
         if len(tokens) == 0:
             raise ValueError("no captions to pack")
         parts, lengths = [], []
         for index, caption in enumerate(tokens):
+            if not isinstance(caption, Tensor):
+                raise TypeError(
+                    f"caption {index} is {caption!r}, not a tensor of token ids: pass Tokenizer()(captions)"
+                )
             if caption.ndim != 1 or len(caption) == 0:
                 raise ValueError(f"caption {index}: expected ids of shape [n], n > 0, got {tuple(caption.shape)}")
             if len(caption) > context_length:
@@ -156,7 +165,11 @@ class PackedTokens:
         return PackedTokens(self.ids.pin_memory(), self.cu_seqlens.pin_memory(), self.lengths)
 
     def __getitem__(self, rows: slice) -> "PackedTokens":
-        """The captions of a slice of rows (step 1), as when a batch is cut into micro-batches."""
+        """The captions of a slice of rows, as when a batch is cut into micro-batches.
+
+        Raises:
+            ValueError: a step other than 1.
+        """
         start, stop, step = rows.indices(len(self))
         if step != 1:
             raise ValueError(f"a slice of packed captions has step 1, got {step}")

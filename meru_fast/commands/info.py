@@ -8,8 +8,9 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from meru_fast.versions import installed
 
 PACKAGES = (
     "meru_fast", "torch", "torchvision", "triton", "deepspeed", "nvidia-dali-cuda130", "xformers", "timm", "omegaconf",
@@ -54,14 +55,6 @@ def collect() -> dict[str, dict[str, str]]:
         "backends": _backends(),
         "disk": _disk(),
     }
-
-
-def installed(name: str) -> str:
-    """Version of a distribution, or "not installed"."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _system() -> dict[str, str]:

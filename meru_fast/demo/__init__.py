@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from meru_fast.files import whole
+
 TRAIN_CONFIG, EVAL_CONFIGS = "demo_meru", ("demo_digits", "demo_scenes")
 LEAST_ACCURACY = 0.85  # zero-shot, ten digits
 LEAST_RECALL = 5.0  # text to image at 5, in multiples of chance
@@ -116,11 +118,11 @@ def _evaluate(folder: Path, data: Path, run_folder: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     from meru_fast import config
     from meru_fast.evaluation import cones
+    from meru_fast.evaluation.checkpoints import load_model
     from meru_fast.evaluation.figures import read_log, training_minutes
     from meru_fast.evaluation.report import Gallery, Portrait, Subject
-    from meru_fast.evaluation.traversal import load_model
 
-    model, _ = load_model(str(run_folder), None, None)
+    model, _ = load_model(str(run_folder))
     results: dict[str, Any] = {}
     for name, root in zip(EVAL_CONFIGS, ("digits", "scenes.json"), strict=True):
         evaluator_config = config.load(name)
@@ -137,21 +139,20 @@ def _evaluate(folder: Path, data: Path, run_folder: Path) -> dict[str, Any]:
     ]
     log = read_log(run_folder)
     results |= {"steps": int(log["step"][-1]), "training_minutes": training_minutes(log), "device": _device_name()}
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(json.dumps(results, indent=2), encoding="utf-8")
-    partial.replace(path)
+    with whole(path) as partial:
+        partial.write_text(json.dumps(results, indent=2), encoding="utf-8")
     return results
 
 
 def _report(folder: Path, data: Path, run_folder: Path, results: dict[str, Any]) -> Path:
+    from meru_fast.evaluation.checkpoints import load_model
     from meru_fast.evaluation.report import Gallery, Subject, write
-    from meru_fast.evaluation.traversal import load_model
 
-    model, root = load_model(str(run_folder), None, None)
+    model, info = load_model(str(run_folder))
     print("      writing", folder / "report.html", flush=True)
     return write(
         folder / "report.html",
-        [Subject("MERU", model, root, run_folder)],
+        [Subject("MERU", model, info.root, run_folder)],
         Gallery.load(data / "ladders.json"),
         title="What a small MERU learned",
         lead="A hyperbolic image-text model, trained in minutes on handwritten digits and drawn scenes whose captions "

@@ -491,12 +491,15 @@ def open_own(
         prompts: templates with one ``{}`` each.
 
     Raises:
-        DatasetError: nothing there, or not in the layout of its kind.
+        DatasetError: nothing there, not in the layout of its kind, or a prompt without its ``{}``.
     """
     if "{part}" not in root and part != "test":
         raise DatasetError(f"{name}: needs a {part} part; write root with {{part}} in it, such as data/{{part}}")
     path = Path(root.replace("{part}", part)).expanduser()
     wanted = tuple(prompts or sources.DEFAULT_PROMPTS)
+    without = [prompt for prompt in wanted if prompt.count("{}") != 1]
+    if without:
+        raise DatasetError(f"{name}: the prompt {without[0]!r} should have one {{}} for the class name")
     if kind == "folder":
         return sources.labelled_folder(name, path, class_names, wanted)
     if kind == "manifest":

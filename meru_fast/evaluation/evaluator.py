@@ -8,7 +8,7 @@ from meru_fast.evaluation import catalog
 from meru_fast.evaluation.features import Loading, input_size
 from meru_fast.evaluation.protocol import DatasetError
 from meru_fast.evaluation.sources import CaptionedImages, LabelledImages
-from meru_fast.evaluation.transforms import EvalTransform
+from meru_fast.evaluation.transforms import EvalTransform, check_resize
 
 if TYPE_CHECKING:
     from meru_fast.models import CLIP
@@ -24,6 +24,10 @@ class Evaluator:
         resize: "crop" (shorter side, then centre) or "squeeze" (both sides; changes the aspect ratio).
         batch_size: images encoded at once.
         num_workers: decoding threads; None means one for each core, 16 at most.
+
+    Raises:
+        DatasetError: an unknown or twice given name, or an entry that describes no own data.
+        ValueError: a size, batch size or number of threads below 1, or no such resize.
     """
 
     task: str
@@ -42,10 +46,13 @@ class Evaluator:
             raise DatasetError(
                 f"datasets must have distinct names, got {[catalog.name_of(entry) for entry in datasets]}"
             )
+        for setting, value in {"image_size": image_size, "batch_size": batch_size, "num_workers": num_workers}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{setting} must be at least 1, got {value}")
         self.data_dir = Path(data_dir).expanduser()
         self._provenance: dict[str, str] = {}
         self.image_size = image_size
-        self.resize = resize
+        self.resize = check_resize(resize)
         self.loading = Loading(batch_size, num_workers)
 
     @property
@@ -71,6 +78,13 @@ class Evaluator:
         dataset = catalog.open_dataset(self.entries[name], self.data_dir, part)
         if part == "test":
             self._provenance[name] = dataset.provenance
+        return dataset
+
+    def open_labelled(self, name: str, part: str) -> LabelledImages:
+        """``open`` for what needs labels. Raises DatasetError for a dataset with captions too."""
+        dataset = self.open(name, part)
+        if not isinstance(dataset, LabelledImages):
+            raise DatasetError(f"{name}: has captions and no labels; use the retrieval config")
         return dataset
 
     def evaluate(self, model: "CLIP", name: str) -> dict[str, float]:

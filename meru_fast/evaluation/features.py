@@ -26,6 +26,7 @@ from meru_fast.distributed import (
 from meru_fast.evaluation.protocol import DatasetError
 from meru_fast.evaluation.sources import Samples
 from meru_fast.evaluation.transforms import EvalTransform
+from meru_fast.files import whole
 from meru_fast.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -66,17 +67,14 @@ def image_features(
     failure = None
     try:
         for images, batch_labels in batches(samples, transform, loading, title):
-            features.append(encode(images.to(device_of(model), non_blocking=True)).float())
-            labels.append(batch_labels.to(device_of(model)))
+            features.append(encode(images.to(model.device, non_blocking=True)).float())
+            labels.append(batch_labels.to(model.device))
     except DatasetError as error:
         failure = str(error)
     failures = [message for message in all_gather_object(failure) if message]
     if failures:  # on every process, also those whose own images are fine
         raise DatasetError(failures[0])
-    return Labelled(
-        join_batches(features, len(samples), loading.batch_size, device_of(model)),
-        join_batches(labels, len(samples), loading.batch_size, device_of(model)),
-    )
+    return Labelled(*(join_batches(own, len(samples), loading.batch_size, model.device) for own in (features, labels)))
 
 
 @torch.inference_mode()
@@ -91,14 +89,10 @@ def text_features(
     with progress_bar(title, len(texts), "texts") as advance:
         for start in own_starts(len(texts), batch_size):
             chunk = list(texts[start : start + batch_size])
-            tokens = PackedTokens.from_list(tokenizer(chunk)).to(device_of(model))
+            tokens = PackedTokens.from_list(tokenizer(chunk)).to(model.device)
             features.append(model.encode_text(tokens, project=project).float())
             advance(len(chunk) * get_world_size())
-    return join_batches(features, len(texts), batch_size, device_of(model))
-
-
-def device_of(model: "CLIP") -> torch.device:
-    return next(model.parameters()).device
+    return join_batches(features, len(texts), batch_size, model.device)
 
 
 def input_size(model: "CLIP") -> int:
@@ -205,9 +199,7 @@ def cached(path: Path | None, compute: Callable[[], Labelled]) -> Labelled:
         return Labelled(**load_file(path))
     result = compute()
     if is_main_process():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file({key: value.cpu().contiguous() for key, value in result._asdict().items()}, partial)
-        partial.replace(path)
+        with whole(path) as partial:
+            save_file({key: value.cpu().contiguous() for key, value in result._asdict().items()}, partial)
     barrier()
     return result

@@ -12,12 +12,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meru_fast.evaluation.evaluator import Evaluator
-from meru_fast.evaluation.features import image_features
 from meru_fast.evaluation.protocol import DatasetError
-from meru_fast.evaluation.ranking import nearest
-from meru_fast.evaluation.sources import LabelledImages
-from meru_fast.evaluation.zeroshot import class_embeddings
+from meru_fast.evaluation.zeroshot import ZeroShotClassification
 
 if TYPE_CHECKING:
     from meru_fast.models import CLIP
@@ -160,7 +156,7 @@ def hierarchical_metrics(hierarchy: Hierarchy, predicted: Sequence[str], true: S
     return {name: total / len(predicted) for name, total in totals.items()}
 
 
-class HierarchicalClassification(Evaluator):
+class HierarchicalClassification(ZeroShotClassification):
     """Zero-shot classification, scored by the place of the predicted class in a tree.
 
     Args:
@@ -168,6 +164,9 @@ class HierarchicalClassification(Evaluator):
         nodes: dataset name to the concept of each class, in label order, or to "leaves": the tree's leaves in
             alphabetical order (ImageNet's WordNet ids). Default: the class names themselves are concepts.
         datasets, **kwargs: see ``Evaluator``.
+
+    Raises:
+        ValueError: a dataset without a tree, or a tree that cannot be read. Others as ``Evaluator``.
     """
 
     task = "hierarchical_classification"
@@ -187,19 +186,14 @@ class HierarchicalClassification(Evaluator):
         self.nodes = dict(nodes or {})
 
     def evaluate(self, model: "CLIP", name: str) -> dict[str, float]:
-        dataset = self.open(name, "test")
-        if not isinstance(dataset, LabelledImages):
-            raise DatasetError(f"{name}: has captions and no labels, so it has no place in a tree")
+        dataset = self.open_labelled(name, "test")
         nodes = self._concepts(name, dataset.class_names)
         if len(nodes) != len(dataset.class_names):
             raise DatasetError(f"{name}: {len(nodes)} concepts for {len(dataset.class_names)} classes")
-        classes = class_embeddings(model, list(dataset.class_names), list(dataset.prompts), f"{name}: prompts")
-        images, labels = image_features(model, dataset.samples, self.transform(model), self.loading, name)
-        guesses = nearest(model, images, classes, 1)[:, 0].tolist()
+        ranked, labels = self.classify(model, dataset)
+        guesses, truth = ([nodes[index] for index in column.tolist()] for column in (ranked[:, 0], labels))
         try:
-            return hierarchical_metrics(
-                self.trees[name], [nodes[guess] for guess in guesses], [nodes[label] for label in labels.tolist()]
-            )
+            return hierarchical_metrics(self.trees[name], guesses, truth)
         except ValueError as error:
             raise DatasetError(f"{name}: {error}") from error
 

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from meru_fast.evaluation.evaluator import Evaluator
-from meru_fast.evaluation.features import Labelled, cached, device_of, fingerprint, image_features
+from meru_fast.evaluation.features import Labelled, cached, fingerprint, image_features
 from meru_fast.evaluation.logistic import LogisticProblem, Solution
 from meru_fast.evaluation.output import COST, slug
-from meru_fast.evaluation.protocol import DatasetError
 from meru_fast.evaluation.ranking import accuracies
 from meru_fast.evaluation.sources import LabelledImages
 from meru_fast.progress import progress_bar
@@ -156,6 +155,9 @@ class LinearProbe(Evaluator):
         max_iterations: of each fit; 1000 as published.
         cache_dir: where features are kept, keyed by weights, dataset and pixels; None to keep none.
         **kwargs: the other arguments of ``Evaluator``.
+
+    Raises:
+        ValueError: no such solver, or no iterations. Others as ``Evaluator``.
     """
 
     task = "linear_probe"
@@ -171,6 +173,8 @@ class LinearProbe(Evaluator):
         super().__init__(datasets, **kwargs)
         if solver not in SOLVERS:
             raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+        if max_iterations < 1:
+            raise ValueError(f"max_iterations must be at least 1, got {max_iterations}")
         self.solver = solver
         self.max_iterations = max_iterations
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else None
@@ -180,7 +184,7 @@ class LinearProbe(Evaluator):
         return f"{super().settings}, {self.solver}, {self.max_iterations} iterations"
 
     def evaluate(self, model: "CLIP", name: str) -> dict[str, float]:
-        opened = {part: self._labelled(name, part) for part in ("train", "val", "test")}
+        opened = {part: self.open_labelled(name, part) for part in ("train", "val", "test")}
         weights = fingerprint(model) if self.cache_dir else ""
         parts = {part: self._features(model, weights, dataset, part) for part, dataset in opened.items()}
         with progress_bar(f"{name}: probe", FITS, "fits") as advance:
@@ -193,12 +197,6 @@ class LinearProbe(Evaluator):
             )
         return scores | {COST: cost}
 
-    def _labelled(self, name: str, part: str) -> LabelledImages:
-        dataset = self.open(name, part)
-        if not isinstance(dataset, LabelledImages):
-            raise DatasetError(f"{name}: has captions and no labels; use the retrieval config")
-        return dataset
-
     def _features(self, model: "CLIP", weights: str, dataset: LabelledImages, part: str) -> Labelled:
         transform = self.transform(model)
         # Number of samples and provenance tell apart two versions of a dataset under the same name.
@@ -208,4 +206,4 @@ class LinearProbe(Evaluator):
         found = cached(
             path, lambda: image_features(model, dataset.samples, transform, self.loading, title, project=False)
         )
-        return Labelled(*(value.to(device_of(model)) for value in found))
+        return Labelled(*(value.to(model.device) for value in found))

@@ -23,10 +23,7 @@ HISTORY = 10
 ARMIJO = 1e-4
 MAX_HALVINGS = 20
 SEPARATED = 0.01  # cross entropy (nats) of a training set that the weights tell apart
-BLOCK_BYTES = {
-    "cpu": 1 << 22,
-    "cuda": 1 << 28,
-}  # of logits in one block of samples: the cache, or some memory
+BLOCK_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}  # of logits in one block of samples: the cache, or some memory
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +9,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from meru_fast.files import whole
 
 COLUMNS = ("dataset", "model", "pretrained", "task", "language")
 COST = "lp_cost"  # chosen by a linear probe, no score
@@ -59,10 +60,8 @@ def slug(text: str) -> str:
 
 def write_json(result: Result, path: Path) -> None:
     """Write one result; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with whole(path) as partial:
+        partial.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> Result | None:
@@ -76,8 +75,7 @@ def read_json(path: Path) -> Result | None:
 def write_csv(results: Sequence[Result], path: Path) -> None:
     """One row a result, as ``clip_benchmark build`` makes it: the columns, and one column for each metric."""
     metrics = list(dict.fromkeys(metric for result in results for metric in result.metrics))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*COLUMNS, *metrics, "provenance", "checkpoint_hash", "settings"])
         writer.writeheader()
         for result in results:

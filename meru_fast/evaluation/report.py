@@ -4,10 +4,9 @@ import argparse
 import base64
 import io
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
-from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from textwrap import shorten
@@ -17,14 +16,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from meru_fast.evaluation import cones
+from meru_fast.evaluation import checkpoints, cones
 from meru_fast.evaluation.features import Loading, image_features, input_size, text_features
 from meru_fast.evaluation.hierarchy import Hierarchy, hierarchical_metrics
 from meru_fast.evaluation.protocol import DatasetError
 from meru_fast.evaluation.ranking import nearest
 from meru_fast.evaluation.sources import ImageFiles, manifest_rows
 from meru_fast.evaluation.transforms import EvalTransform
-from meru_fast.evaluation.traversal import ROOT, Stop, load_model, load_pool, traverse
+from meru_fast.evaluation.traversal import ROOT, Stop, load_pool, traverse
+from meru_fast.versions import installed
 
 if TYPE_CHECKING:
     from meru_fast.models import CLIP
@@ -433,13 +433,6 @@ def describe(model: "CLIP") -> str:
     return f"{type(model).__name__}, {count / 1e6:.1f} M parameters, {model.embed_dim} dimensions"
 
 
-def installed(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of ``meru-fast report``."""
     args = _parse(argv)
@@ -450,9 +443,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         gallery = Gallery.load(args.gallery)
         pool = load_pool(args.text_pool) if args.text_pool else None
         subjects = []
-        for path, train_config in zip(args.checkpoint_path, _paired(args), strict=True):
-            model, root = load_model(path, train_config, args.device)
-            subjects.append(Subject(Path(path).stem, model, root, Path(path)))
+        for path, train_config in args.checkpoints:
+            model, info = checkpoints.load_model(path, train_config, args.device)
+            subjects.append(Subject(Path(path).stem, model, info.root, Path(path)))
         written = write(args.output, subjects, gallery, pool, title=args.title, lead=f"On {args.gallery}.")
     except (CheckpointError, ConfigError, DatasetError, ValueError) as error:
         sys.exit(f"error: {error}")
@@ -470,19 +463,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--checkpoint-path", required=True, action="append", help="what to load; give it twice to compare two models")
-    add("--train-config", action="append", help="its training config: once for all or once for each (default: found)")
+    checkpoints.add_options(parser)
     add("--gallery", required=True, help="manifest of images and their captions, general to specific")
     add("--text-pool", help="texts for traversals: .txt or .json (default: the gallery's captions)")
     add("--output", default="report.html", help="file to write (default %(default)s)")
     add("--title", default="Report", help="title of the page")
-    add("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     args = parser.parse_args(argv)
-    if len(args.train_config or [None]) not in (1, len(args.checkpoint_path)):
-        parser.error("give --train-config once for all checkpoints, or once for each")
+    args.checkpoints = checkpoints.named(parser, args)
     return args
-
-
-def _paired(args: argparse.Namespace) -> Iterable[str | None]:
-    configs = args.train_config or [None]
-    return configs if len(configs) == len(args.checkpoint_path) else configs * len(args.checkpoint_path)

@@ -26,6 +26,9 @@ class ZeroShotRetrieval(Evaluator):
             (False) asks for the one image that each copy came from.
         resize: "squeeze" as published, or "crop", which keeps the aspect ratio.
         **kwargs: the other arguments of ``Evaluator``.
+
+    Raises:
+        ValueError: a k below 1, or none. Others as ``Evaluator``.
     """
 
     task = "zeroshot_retrieval"

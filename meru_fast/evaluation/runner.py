@@ -6,16 +6,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from torch import nn
 
 from meru_fast import checkpoint, config
 from meru_fast.distributed import broadcast_object, is_main_process
-from meru_fast.evaluation import output
+from meru_fast.evaluation import checkpoints, output
 from meru_fast.evaluation.evaluator import Evaluator
 from meru_fast.evaluation.features import fingerprint
 from meru_fast.evaluation.output import Result
@@ -73,24 +72,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--config", required=True, help="a config file with an `evaluator`: configs/eval_*.py")
-    add("--checkpoint-path", required=True, action="append", help="what to load; give it several times for several")
-    add(
-        "--train-config",
-        action="append",
-        help="the config the checkpoint was trained with: once for all checkpoints or once for each. Default: the "
-        "config.yaml of its run folder, or else a guess from the shapes of the weights",
-    )
+    checkpoints.add_options(parser)
     add("--output-dir", type=Path, default=Path("output/evaluation"), help="results as JSON and CSV (%(default)s)")
     add("--skip-existing", action="store_true", help="keep results of the same weights and settings in --output-dir")
-    add("--device", default=None, help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     add("overrides", nargs="*", metavar="key=value", help="changes to the config, such as evaluator.batch_size=256")
     args = parser.parse_intermixed_args(argv)
-    configs = args.train_config or [None]
-    if len(configs) not in (1, len(args.checkpoint_path)):
-        parser.error(
-            f"{len(configs)} --train-config for {len(args.checkpoint_path)} --checkpoint-path: give one or as many"
-        )
-    args.train_config = configs * len(args.checkpoint_path) if len(configs) == 1 else configs
+    args.checkpoints = checkpoints.named(parser, args)
     return args
 
 
@@ -98,10 +85,10 @@ def is_main_rank() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def start(device: str | None) -> torch.device:
+def start(device: torch.device | None) -> torch.device:
     """The device of this process; joins the process group if a launcher (torchrun) started several processes."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    chosen = torch.device(device or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"))
+    chosen = device or torch.device(f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     if chosen.type == "cuda":
@@ -113,27 +100,18 @@ def run(args: argparse.Namespace, device: torch.device, console: Console) -> lis
     """Evaluate all checkpoints; prints and writes what it finds, and returns it."""
     evaluator: Evaluator = config.instantiate(config.load(args.config, args.overrides).evaluator)
     results = []
-    for path, train_config in zip(args.checkpoint_path, args.train_config, strict=True):
-        model, title, origin = load_model(path, train_config)
-        console.print(f"[bold]{path}[/bold]: {title} ({origin})", soft_wrap=True, highlight=False)
-        results += evaluate_checkpoint(evaluator, cast("CLIP", model).to(device), title, path, args, console)
+    for path, train_config in args.checkpoints:
+        model, info = checkpoints.load_model(path, train_config, device)
+        title = checkpoint.describe(info.model or checkpoint.guess_model(model.state_dict()))
+        origin = f"of {train_config}" if train_config else "recorded with the checkpoint"
+        origin = origin if info.model else "guessed from the shapes of the weights"
+        console.print(f"[bold]{path}[/bold]: {title} (architecture {origin})", soft_wrap=True, highlight=False)
+        results += evaluate_checkpoint(evaluator, model, title, path, args, console)
     if results and is_main_process():
         output.print_table(results, console)
         output.write_csv(results, args.output_dir / f"{evaluator.task}.csv")
         console.print(f"JSON and CSV are in {args.output_dir}", soft_wrap=True, highlight=False)
     return results
-
-
-def load_model(path: str, train_config: str | None) -> tuple[nn.Module, str, str]:
-    """The model of a checkpoint, one line about its architecture, and where that architecture was learned from."""
-    given = config.load(train_config).model if train_config else None
-    model, info = checkpoint.load_model(path, given)
-    if given is not None:
-        return model, checkpoint.describe(given), f"architecture of {train_config}"
-    if info.model is not None:
-        return model, checkpoint.describe(info.model), "architecture recorded with the checkpoint"
-    guessed = checkpoint.guess_model(model.state_dict())
-    return model, checkpoint.describe(guessed), "architecture guessed from the shapes of the weights"
 
 
 def evaluate_checkpoint(

@@ -8,6 +8,13 @@ from torchvision.transforms import functional as tvf
 RESIZES = ("crop", "squeeze")
 
 
+def check_resize(resize: str) -> str:
+    """`resize`, if there is such a one. Raises ValueError otherwise."""
+    if resize not in RESIZES:
+        raise ValueError(f"resize must be one of {', '.join(RESIZES)}, got {resize!r}")
+    return resize
+
+
 class EvalTransform:
     """Picture -> uint8 [3, size, size]; the models take uint8 and scale it themselves.
 
@@ -16,13 +23,14 @@ class EvalTransform:
         resize: "crop" resizes the shorter side to `size` and cuts out the centre (published for classification, the
             linear probe and traversals). "squeeze" resizes both sides to `size` and so changes the aspect ratio
             (published for retrieval). Both are bicubic, with antialiasing.
+
+    Raises:
+        ValueError: no such resize.
     """
 
     def __init__(self, size: int = 224, resize: str = "crop"):
-        if resize not in RESIZES:
-            raise ValueError(f"resize must be one of {', '.join(RESIZES)}, got {resize!r}")
         self.size = size
-        self.resize = resize
+        self.resize = check_resize(resize)
 
     def __call__(self, image: Image.Image) -> Tensor:
         image = image.convert("RGB")

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meru_fast import lorentz
+from meru_fast.evaluation.checkpoints import DEVICE, load_model
 from meru_fast.evaluation.cones import curvature, root_of
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--text-pool", help="texts to read: .txt with one a line, or .json (default: the shipped pool)")
     add("--interpolate", action="store_true", help="from each image to the next instead of to the root")
     add("--image-size", type=int, help="side of the model's input (default: what its image encoder was built for)")
-    add("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    add("--device", **DEVICE)
     add("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
     if args.interpolate and len(args.image_path) < 2:
@@ -184,27 +185,14 @@ def _walks(args: argparse.Namespace) -> list[tuple[str, str, list[Stop]]]:
     from meru_fast.evaluation.transforms import EvalTransform
 
     texts = load_pool(args.text_pool)
-    model, root = load_model(args.checkpoint_path, args.train_config, args.device)
+    model, info = load_model(args.checkpoint_path, args.train_config, args.device)
     transform = EvalTransform(args.image_size or input_size(model))
     images = image_features(model, ImageFiles(args.image_path), transform, Loading(), "images").features
     features = text_features(model, texts, "texts")
-    root = root_of(model, features, images, root=root)
+    root = root_of(model, features, images, root=info.root)
     following = zip(args.image_path[1:], images[1:], strict=True)
     ends = list(following) if args.interpolate else [(ROOT, root)] * len(images)
     return [
         (path, name, traverse(model, image, end, features, texts, root, args.steps))
         for path, image, (name, end) in zip(args.image_path, images, ends, strict=False)
     ]
-
-
-def load_model(path: str, train_config: str | None, device: str | None) -> tuple["CLIP", Tensor | None]:
-    """The model of a checkpoint on `device` (default: a GPU where there is one), and the root the checkpoint brings.
-
-    Without `train_config` the architecture is the one recorded with the checkpoint, or guessed from its weights.
-    Raises CheckpointError or ConfigError.
-    """
-    from meru_fast import checkpoint, config
-
-    model_config = config.load(train_config).model if train_config else None
-    model, info = checkpoint.load_model(path, model_config)
-    return cast("CLIP", model).to(device or ("cuda" if torch.cuda.is_available() else "cpu")), info.root

@@ -15,6 +15,7 @@ from meru_fast import checkpoint, ops
 from meru_fast.distributed import get_world_size, scale_gradient
 from meru_fast.models.losses import sigmoid_loss
 from meru_fast.models.recipe import from_recipe, recipe_of
+from meru_fast.ops.contrastive import PRECISIONS
 from meru_fast.tokenizer import PackedTokens
 
 # Arguments of from_pretrained that say how to download; the last two are those of huggingface_hub before 1.0.
@@ -43,6 +44,9 @@ class CLIP(nn.Module, PyTorchModelHubMixin, coders={nn.Module: (recipe_of, from_
         precision: of the fused loss, ``"highest"``, ``"high"`` or ``"medium"`` (see ``meru_fast.ops``).
         pair_loss: ``"softmax"`` for the symmetric cross-entropy, ``"sigmoid"`` for that of SigLIP (arXiv:2303.15343),
             which adds the parameter ``logit_bias``.
+
+    Raises:
+        ValueError: no such precision or pair loss.
     """
 
     geometry = "cosine"
@@ -64,6 +68,8 @@ class CLIP(nn.Module, PyTorchModelHubMixin, coders={nn.Module: (recipe_of, from_
         super().__init__()
         if pair_loss not in PAIR_LOSSES:
             raise ValueError(f"pair_loss is one of {', '.join(PAIR_LOSSES)}, got {pair_loss!r}")
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision is one of {', '.join(PRECISIONS)}, got {precision!r}")
         self.visual, self.textual = visual, textual
         self.embed_dim, self.precision, self.pair_loss = embed_dim, precision, pair_loss
         self.visual_proj = nn.Linear(visual.width, embed_dim, bias=False)
@@ -140,6 +146,10 @@ class CLIP(nn.Module, PyTorchModelHubMixin, coders={nn.Module: (recipe_of, from_
             tokens: captions: packed, or a list of int ids [n], or right-padded ids [B, n] (the slower reference). They
                 may lie on another device and are never changed.
             project: end in the embedding space; otherwise right after the linear projection.
+
+        Raises:
+            ValueError: no captions, an empty one, or ids longer than the context.
+            TypeError: texts that are not tokenised.
         """
         if not isinstance(tokens, (PackedTokens, Tensor)):
             tokens = PackedTokens.from_list(tokens, self.textual.context_length)
@@ -162,12 +172,19 @@ class CLIP(nn.Module, PyTorchModelHubMixin, coders={nn.Module: (recipe_of, from_
         """Training loss of a batch of pairs: ``{"loss": scalar, "logging": {name: detached scalar}}``.
 
         With a process group the loss is that of the joint batch of all ranks, which must be equally large.
+
+        Raises:
+            ValueError, TypeError: as ``encode_image``, ``encode_text`` and ``loss`` do.
         """
         self.clamp_scalars()
         return self.loss(self.encode_image(images, project=False), self.encode_text(tokens, project=False))
 
     def loss(self, image_feats: Tensor, text_feats: Tensor) -> dict:
-        """``forward`` from the linear features [B, D] of ``encode_*(project=False)``."""
+        """``forward`` from the linear features [B, D] of ``encode_*(project=False)``.
+
+        Raises:
+            ValueError: not as many images as captions.
+        """
         with no_autocast(image_feats):
             image = self.project_image(self._for_engine(image_feats))
             text = self.project_text(self._for_engine(text_feats))

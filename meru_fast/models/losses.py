@@ -37,6 +37,9 @@ def sigmoid_loss(
         curv: curvature, for lorentz geometry.
         logit_scale, logit_bias: linear values, one element.
         group: as in ``ops.contrastive_loss``: the loss is that of the joint batch, feature gradients are this rank's.
+
+    Raises:
+        ValueError: not as many rows on both sides.
     """
 
     def of_rows(logits: Tensor, target: Tensor) -> Tensor:
@@ -73,6 +76,8 @@ def _over_rows(
     geometry: str,
     group: ProcessGroup | None,
 ) -> Tensor:
+    if len(x) != len(y):
+        raise ValueError(f"row i belongs to row i, but there are {len(x)} and {len(y)} rows")
     scalars = [logit_scale] if logit_bias is None else [logit_scale, logit_bias]
     scalars += [curv] if isinstance(curv, Tensor) else []
     local = sum_gradient(torch.stack([scalar.reshape(()).to(x.dtype) for scalar in scalars]), group).unbind()

@@ -32,6 +32,9 @@ class MERU(CLIP, coders={nn.Module: (recipe_of, from_recipe)}):
         min_radius: K of the half aperture (eq. 6), below which a point has no cone.
         final_curv: curvature at the end of training, geometrically interpolated (with ``learn_curv=False``).
         final_min_radius: ``min_radius`` at the end of training, linearly interpolated.
+
+    Raises:
+        ValueError: a curvature or radius that is not positive, ``final_curv`` of a learned curvature, or as ``CLIP``.
     """
 
     geometry = "lorentz"
@@ -56,8 +59,10 @@ class MERU(CLIP, coders={nn.Module: (recipe_of, from_recipe)}):
         final_min_radius: float | None = None,
     ):
         super().__init__(visual, textual, embed_dim, pixel_mean, pixel_std, precision, pair_loss)
-        for name, value in {"curv_init": curv_init, "final_curv": final_curv, "min_radius": min_radius}.items():
-            if value is not None and value <= 0:
+        positive = {"curv_init": curv_init, "final_curv": final_curv}
+        positive |= {"min_radius": min_radius, "final_min_radius": final_min_radius}
+        for name, value in positive.items():
+            if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
         if final_curv is not None and learn_curv:
             raise ValueError(f"final_curv={final_curv} is a schedule: it needs learn_curv=False")
@@ -99,7 +104,11 @@ class MERU(CLIP, coders={nn.Module: (recipe_of, from_recipe)}):
             self.curv.fill_((1 - fraction) * math.log(start) + fraction * math.log(end))
 
     def loss(self, image_feats: Tensor, text_feats: Tensor) -> dict:
-        """``forward`` from the linear features [B, D] of ``encode_*(project=False)``."""
+        """``forward`` from the linear features [B, D] of ``encode_*(project=False)``.
+
+        Raises:
+            ValueError: not as many images as captions.
+        """
         scalars = {name: self.scalar(name) for name in self.scalar_bounds}
         with no_autocast(image_feats):
             image, text = self._for_engine(image_feats), self._for_engine(text_feats)

@@ -4,7 +4,6 @@ import os
 import platform
 import socket
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from meru_fast.distributed import get_world_size
 from meru_fast.training import deepspeed_config
 from meru_fast.training.checkpoints import code_version
 from meru_fast.training.settings import TrainSettings
+from meru_fast.versions import installed
 
 PACKAGES = ("torch", "triton", "deepspeed", "timm", "xformers", "nvidia-dali-cuda130", "numpy", "torchvision")
 
@@ -25,11 +25,7 @@ def environment(ds_config: dict[str, Any]) -> str:
     """Versions, machine, command line and DeepSpeed config of a run, as text."""
     lines = [f"meru_fast {meru_fast.__version__} {code_version()}", f"command   {' '.join(sys.argv)}"]
     lines += [f"host      {socket.gethostname()} {platform.platform()}", f"python    {platform.python_version()}"]
-    for name in PACKAGES:
-        try:
-            lines.append(f"{name:<9} {version(name)}")
-        except PackageNotFoundError:
-            lines.append(f"{name:<9} not installed")
+    lines += [f"{name:<9} {installed(name)}" for name in PACKAGES]
     lines.append(f"processes {get_world_size()}")
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
