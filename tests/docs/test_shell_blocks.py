@@ -31,6 +31,7 @@ model.visual.update({"arch": "vit_base_patch16_224", "embed_dim": 64, "depth": 1
 model.textual.arch = "L1_W64"
 model.embed_dim = 32
 dataset.image_size = 32
+optim["lr_scheduler"]["warmup_steps"] = 1
 train |= {"total_batch_size": 16, "num_iterations": 2, "num_workers": 0, "log_period": 1}
 """
 
