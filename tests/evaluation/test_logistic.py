@@ -108,7 +108,6 @@ def test_iterations_are_bounded_and_reported():
     assert torch.isfinite(solution.weight).all()
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_weak_penalties_on_separated_classes_stay_near_the_minimum():
     """Every separating solution has a vanishing gradient there; the one found is nearly that of the objective."""
