@@ -1,8 +1,8 @@
 """The DALI decoder: JPEGs decoded, cropped and resized by one graph, on the CPU or on the GPU.
 
 DALI gets bytes that our index found and windows that we drew, so nothing of order, randomness or resuming depends on
-it. The workers hand it only complete JPEGs in grey or RGB (`dataset._is_plain_jpeg`). Should one still fail, DALI loses
-the whole batch: its images are then decoded one at a time, and those that fail alone too go to Pillow.
+it. The workers hand it only complete JPEGs of the usual kinds (`dataset._is_plain_jpeg`). Should one still fail, DALI
+loses the whole batch: its images are then decoded one at a time, and those that fail alone too go to Pillow.
 """
 
 import logging
@@ -45,36 +45,33 @@ class DaliDecoder:
         self._options = {
             "batch_size": batch_size,
             "num_threads": threads,
-            "device_id": _index(device) if on_gpu else None,
+            "device_id": torch.empty(0, device=device).get_device() if on_gpu else None,
             "prefetch_queue_depth": 1,
         }
         self._decoder_device = "mixed" if on_gpu else "cpu"
         self._build()
 
     def start(self, files: Sequence[Tensor], windows: Sequence[Window]) -> None:
-        """Begin to decode uint8 files [n] in the background."""
-        corners = np.array([(w.top, w.left) for w in windows], np.int32)
-        shapes = np.array([(w.height, w.width) for w in windows], np.int32)
+        """Begin to decode uint8 files [n], on the CPU, in the background."""
         self._pipeline.feed_input("files", [file.numpy() for file in files])
-        self._pipeline.feed_input("corners", list(corners))
-        self._pipeline.feed_input("shapes", list(shapes))
+        self._pipeline.feed_input("corners", np.array([(w.top, w.left) for w in windows], np.int32))
+        self._pipeline.feed_input("shapes", np.array([(w.height, w.width) for w in windows], np.int32))
         self._pipeline.schedule_run()
 
     def finish(self) -> Tensor:
-        """The images of the last start, uint8 [n, 3, size, size] on the device.
+        """The images of the last start, uint8 [n, 3, size, size] on the device, ready on the current CUDA stream.
 
         Raises:
             BadSampleError: at least one file cannot be decoded. The decoder itself can be used again.
         """
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         try:
-            (decoded,) = self._pipeline.outputs()
+            (decoded,) = self._pipeline.outputs(cuda_stream=stream)  # given a stream, DALI makes it wait, not the host
         except RuntimeError as error:
             self._build()  # DALI declares a pipeline that failed invalid
             raise BadSampleError(f"DALI: {_cause(error)}") from error
         pixels = torch.empty((len(decoded), 3, self.image_size, self.image_size), dtype=torch.uint8, device=self.device)
-        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        feed_ndarray(decoded.as_tensor(), pixels, cuda_stream=stream)
-        return pixels
+        return feed_ndarray(decoded.as_tensor(), pixels, cuda_stream=stream)  # a copy: DALI's memory is DALI's
 
     def _build(self) -> None:
         self._pipeline = Pipeline(**self._options)
@@ -83,7 +80,15 @@ class DaliDecoder:
             corners = fn.external_source(name="corners", dtype=_TYPES.INT32, ndim=1)
             shapes = fn.external_source(name="shapes", dtype=_TYPES.INT32, ndim=1)
             images = fn.decoders.image(
-                files, device=self._decoder_device, output_type=_TYPES.RGB, adjust_orientation=False
+                files,
+                device=self._decoder_device,
+                output_type=_TYPES.RGB,
+                adjust_orientation=False,
+                # The next two concern GPUs. Chroma is interpolated as libjpeg-turbo and Pillow do it.
+                jpeg_fancy_upsampling=True,
+                # Which of its decoders nvJPEG takes must not depend on a file's place in the batch, and so on the
+                # number of ranks: the engine gets whatever it can decode.
+                hw_decoder_load=1.0,
             )
             cut = fn.slice(images, corners, shapes, axes=(0, 1), normalized_anchor=False, normalized_shape=False)
             resized: Any = fn.resize(
@@ -91,10 +96,6 @@ class DaliDecoder:
             )
             self._pipeline.set_outputs(fn.transpose(resized, perm=(2, 0, 1)))
         self._pipeline.build()
-
-
-def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _cause(error: RuntimeError) -> str:
@@ -111,30 +112,26 @@ class DaliStage(DeviceStage):
         self.dataset = dataset
         local_batch = dataset.batch_size // dataset.world_size
         self.decoder = DaliDecoder(local_batch, dataset.image_size, device, threads)
-        self.fallbacks = 0
 
     def start(self, batch: LocalBatch) -> None:
         super().start(batch)
         if batch.encoded:
             self.decoder.start(batch.encoded.files(), batch.encoded.windows)
 
-    def finish(self, batch: LocalBatch) -> Tensor:
-        by_pillow = super().finish(batch)
+    def _images(self, batch: LocalBatch) -> Tensor:
         if not batch.encoded:
-            return by_pillow
+            return batch.images
         try:
             decoded = self.decoder.finish()
         except BadSampleError:
             decoded = self._one_by_one(batch, batch.encoded)
-        if len(decoded) == len(batch.keys):
+        if not len(batch.images):
             return decoded
-        images = torch.empty((len(batch.keys), *decoded.shape[1:]), dtype=torch.uint8, device=self.device)
-        images[batch.encoded.rows] = decoded
-        images[sorted(set(range(len(batch.keys))) - set(batch.encoded.rows))] = by_pillow
-        return images
-
-    def report(self) -> dict[str, int]:
-        return {"dali_fallbacks": self.fallbacks}
+        by_pillow = sorted(set(range(len(batch.keys))) - set(batch.encoded.rows))
+        places = torch.tensor(batch.encoded.rows + by_pillow).argsort()
+        if self.stream is not None:
+            places = places.pin_memory().to(self.device, non_blocking=True)
+        return torch.cat([decoded, batch.images])[places]
 
     def _one_by_one(self, batch: LocalBatch, encoded: Encoded) -> Tensor:
         pixels = []
@@ -143,7 +140,7 @@ class DaliStage(DeviceStage):
                 self.decoder.start([file], [window])
                 pixels.append(self.decoder.finish()[0])
             except BadSampleError as error:
-                self.fallbacks += 1
+                batch.dali_fallbacks += 1
                 log.warning("step %d: Pillow decodes %s, for %s", batch.step, batch.keys[row], error)
                 pixels.append(self._with_pillow(batch, row, file, window).to(self.device))
         batch.tokens = batch.tokens.to(self.device)

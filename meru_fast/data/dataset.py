@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL.Image import Image
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
 from meru_fast.data import captions, decode, keyed, order
@@ -70,6 +71,7 @@ class LocalBatch:
         origins: where each row comes from.
         encoded: JPEGs left to DALI, if it decodes.
         defects: bad samples met on the way.
+        dali_fallbacks: JPEGs that DALI could not decode.
     """
 
     step: int
@@ -79,6 +81,7 @@ class LocalBatch:
     origins: list[Origin]
     encoded: Encoded | None = None
     defects: list[Defect] = field(default_factory=list)
+    dali_fallbacks: int = 0
 
     def pin_memory(self) -> "LocalBatch":
         return replace(self, images=self.images.pin_memory(), tokens=self.tokens.pin_memory())
@@ -261,8 +264,15 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def _is_plain_jpeg(image: Image, data: bytes) -> bool:
-    """A complete JPEG in grey or RGB; DALI and Pillow agree on these. All others are decoded by Pillow at once."""
-    return image.format == "JPEG" and image.mode in ("RGB", "L") and data.endswith(b"\xff\xd9")
+    """A complete JPEG in grey or YCbCr, of which all decoders make the same. All others are decoded by Pillow at once.
+
+    That colours are stored as RGB only Adobe's marker or the names of the components tell, which a decoder may ignore.
+    """
+    if type(image) is not JpegImageFile or not data.endswith(b"\xff\xd9"):  # not its subclass for several in a file
+        return False
+    components = bytes(component[0] for component in image.layer)
+    stored_as_rgb = image.info.get("adobe_transform") == 0 or components == b"RGB"
+    return image.mode == "L" or (image.mode == "RGB" and not stored_as_rgb)
 
 
 def _encoded(rows: list[_Row]) -> Encoded | None:

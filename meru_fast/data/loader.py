@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 DECODERS = ("auto", "pil", "dali")
 TIMEOUT = 55.0  # seconds without a batch before a worker counts as stalled
-JUDGE_AFTER = 1000  # samples that must have been seen before a share of bad ones means anything
+JUDGED = 1000  # the first samples are judged as part of this many: a share of a few means nothing
 MAX_LOGGED = 1000
 
 
@@ -80,7 +80,7 @@ class Loader:
         self._logged: set[tuple[str, str]] = set()
         self._running: Generator[Batch, None, None] | None = None
         self._workers: Workers | None = None
-        self._stage: DeviceStage | None = None
+        self._dali_fallbacks = 0
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the current step on. One iterator at a time: a new one ends the one before."""
@@ -110,10 +110,12 @@ class Loader:
         self._step = int(state["step"])
 
     def report(self) -> dict[str, Any]:
-        """Samples seen and bad ones among them on this rank, since this loader was made, with the reasons' counts."""
-        return {"seen": self._seen, "bad": self._reasons.total(), "reasons": dict(self._reasons.most_common())} | (
-            self._stage.report() if self._stage else {}
-        )
+        """Samples seen and bad ones among them on this rank, since this loader was made, with the reasons' counts.
+
+        With DALI also the JPEGs that it could not decode, so that Pillow had to.
+        """
+        counts = {"seen": self._seen, "bad": self._reasons.total(), "reasons": dict(self._reasons.most_common())}
+        return counts | ({"dali_fallbacks": self._dali_fallbacks} if self.dataset.for_dali else {})
 
     def close(self) -> None:
         """End the workers. The state stays; iterating again continues."""
@@ -133,7 +135,7 @@ class Loader:
         workers = Workers(self.dataset, self._step, self.num_workers, self.timeout, pin=self.device.type == "cuda")
         self._workers = workers
         try:
-            stage = self._stage = self._new_stage()
+            stage = self._new_stage()
             ahead = _start(workers, stage)
             while True:
                 batch = ahead
@@ -154,7 +156,8 @@ class Loader:
 
     def _account(self, batch: LocalBatch) -> None:
         """Count and log the bad samples of a batch; end the run when there are too many."""
-        self._seen += len(batch.keys)
+        self._seen += len(batch.keys) + len(batch.defects)
+        self._dali_fallbacks += batch.dali_fallbacks
         for defect in batch.defects:
             self._reasons[defect.reason.split(":")[0]] += 1
             place = (defect.shard, defect.key)
@@ -164,7 +167,7 @@ class Loader:
                 if len(self._logged) == MAX_LOGGED:
                     log.warning("%d bad samples logged; further ones are only counted", MAX_LOGGED)
         bad = self._reasons.total()
-        if self._seen >= min(JUDGE_AFTER, self.num_samples) and bad > self.max_bad_fraction * self._seen:
+        if bad > self.max_bad_fraction * max(self._seen, min(JUDGED, self.num_samples)):
             reasons = "\n".join(f"  {count:8,} {reason}" for reason, count in self._reasons.most_common())
             raise DataError(
                 f"{bad:,} of {self._seen:,} samples were bad, more than max_bad_fraction={self.max_bad_fraction:g} "

@@ -20,14 +20,19 @@ class DeviceStage:
             batch.tokens = batch.tokens.to(self.device, non_blocking=True)
 
     def finish(self, batch: LocalBatch) -> Tensor:
-        """The images uint8 [b, 3, size, size], safe to use on the current stream (as are the batch's tokens)."""
+        """The images uint8 [b, 3, size, size], safe to use on the current stream (as are the batch's tokens).
+
+        The host does not wait for the device here: the current stream waits for ours.
+        """
+        with torch.cuda.stream(self.stream):
+            images = self._images(batch)
         if self.stream is not None:
             consumer = torch.cuda.current_stream(self.device)
             consumer.wait_stream(self.stream)
-            for tensor in (batch.images, batch.tokens.ids, batch.tokens.cu_seqlens):
-                tensor.record_stream(consumer)
-        return batch.images
+            for tensor in (images, batch.tokens.ids, batch.tokens.cu_seqlens):
+                tensor.record_stream(consumer)  # its memory is ours again only when the consumer is done with it
+        return images
 
-    def report(self) -> dict[str, int]:
-        """Counts worth knowing at the end of a run."""
-        return {}
+    def _images(self, batch: LocalBatch) -> Tensor:
+        """All images of the batch, by work on the stage's stream."""
+        return batch.images

@@ -11,6 +11,7 @@ from torchvision.transforms.functional import resized_crop, to_tensor
 
 from meru_fast.data import decode, keyed
 from meru_fast.data.dali import DaliDecoder
+from meru_fast.data.dataset import _is_plain_jpeg
 from meru_fast.data.errors import BadSampleError
 from meru_fast.data.transforms import DRAWS, Window, crop_window
 
@@ -69,6 +70,52 @@ def test_dali_and_kinds_of_jpeg(options):
     windows = [Window(10, 20, 300, 200)] * 2
     for image, data, window in zip(dali(files, windows), files, windows, strict=True):
         assert (image.float() - ours(data, window)).abs().mean() < 0.5
+
+
+def stored_as_rgb():
+    """JPEGs whose colours are not YCbCr, as Adobe's marker says, or the names R, G, B of the components alone."""
+    data = encoded(photo(2, 200), keep_rgb=True, quality=90)
+    marker = data.index(b"\xff\xee")
+    size = 2 + int.from_bytes(data[marker + 2 : marker + 4], "big")
+    return {"marker": data, "names": data[:marker] + data[marker + size :]}
+
+
+@pytest.mark.parametrize("kind", stored_as_rgb())
+def test_rgb_jpegs_are_decoded_by_pillow(kind):
+    data = stored_as_rgb()[kind]
+    image = decode.open_image(data)
+    assert image.mode == "RGB"
+    assert (ours(data, size=200).float() - ours(encoded(photo(2, 200)), size=200)).abs().mean() < 8  # what JPEG costs
+    assert not _is_plain_jpeg(image, data)
+    window = Window(5, 9, 100, 90)
+    assert (dali([data], [window])[0].float() - ours(data, window)).abs().mean() < 0.5  # though on a CPU DALI would do
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_usual_jpegs_are_left_to_dali(mode):
+    for options in ({}, {"progressive": True}, {"subsampling": 0}):
+        data = encoded(photo(2, 64).convert(mode), **options)
+        assert _is_plain_jpeg(decode.open_image(data), data)
+        assert not _is_plain_jpeg(decode.open_image(data), data[:-1])
+
+
+def test_inverted_cmyk_is_left_to_pillow():
+    """Photoshop stores YCCK and CMYK inverted and says so in Adobe's marker."""
+    data = encoded(photo(1, 120).convert("CMYK"))
+    for transform in (0, 2):  # CMYK, and YCCK
+        at = data.index(b"Adobe") + 11
+        changed = data[:at] + bytes([transform]) + data[at + 1 :]
+        image = decode.open_image(changed)
+        assert (image.mode, image.info["adobe_transform"]) == ("CMYK", transform)
+        assert not _is_plain_jpeg(image, changed)
+        assert ours(changed, size=48).shape == (3, 48, 48)
+
+
+def test_several_pictures_in_a_file_are_left_to_pillow():
+    data = encoded(photo(1, 120), "MPO", save_all=True, append_images=[photo(2, 120)])
+    assert not _is_plain_jpeg(decode.open_image(data), data)
+    window = Window(0, 0, 48, 48)
+    assert (ours(data, window, 48) == ours(encoded(photo(1, 120)), window, 48)).all()  # the first
 
 
 def test_dali_ignores_exif_rotation_as_pillow_does():

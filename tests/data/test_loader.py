@@ -84,19 +84,12 @@ def test_images_are_of_their_keys(shards):
 
 
 @pytest.mark.parametrize("decoder", ["pil", "dali"])
-def test_any_number_of_ranks_and_workers_gives_the_same_global_batches(shards, decoder):
-    expected = content(take(build_loader(shards, batch_size=24, num_workers=0, decoder=decoder, **SMALL), 7))
+def test_any_number_of_ranks_and_workers_gives_the_same_global_batches(shards, decoder, device):
+    options = {"batch_size": 24, "decoder": decoder, "device": device, **SMALL}
+    expected = content(take(build_loader(shards, num_workers=0, **options), 7))
     for world_size, workers in [(1, 1), (1, 3), (2, 0), (3, 1), (8, 0)]:
         parts = [
-            build_loader(
-                shards,
-                batch_size=24,
-                rank=rank,
-                world_size=world_size,
-                num_workers=workers,
-                decoder=decoder,
-                **SMALL,
-            )
+            build_loader(shards, rank=rank, world_size=world_size, num_workers=workers, **options)
             for rank in range(world_size)
         ]
         rows = [content(take(part, 7)) for part in parts]
@@ -208,8 +201,8 @@ def bad_shards(tmp_path_factory):
 
 
 @pytest.mark.parametrize("decoder", ["pil", "dali"])
-def test_bad_samples_are_counted_logged_once_and_replaced(bad_shards, decoder, caplog):
-    options = {"batch_size": 22, "decoder": decoder, "max_bad_fraction": 0.5, **SMALL}
+def test_bad_samples_are_counted_logged_once_and_replaced(bad_shards, decoder, device, caplog):
+    options = {"batch_size": 22, "decoder": decoder, "device": device, "max_bad_fraction": 0.5, **SMALL}
     loader = build_loader(bad_shards, num_workers=2, **options)
     assert loader.num_samples == 40 + len(defects()) + 1 + 16 + 1  # the last of b.tar is cut
     batches = take(loader, 9)
@@ -245,9 +238,33 @@ def test_bad_samples_are_counted_logged_once_and_replaced(bad_shards, decoder, c
 
 
 def test_too_many_bad_samples_end_the_run_with_a_summary(bad_shards):
-    loader = build_loader(bad_shards, batch_size=11, num_workers=1, max_bad_fraction=0.05, **SMALL)
-    with pytest.raises(DataError, match=r"(?s)of \d+ samples were bad.*max_bad_fraction=0.05.*invalid JSON"):
+    loader = build_loader(bad_shards, batch_size=11, num_workers=1, max_bad_fraction=0.15, **SMALL)
+    with pytest.raises(DataError, match=r"of \d+ samples were bad, more than max_bad_fraction=0.15 allows") as error:
         take(loader, 50)
+    assert "invalid JSON" in str(error.value)
+    report = loader.report()
+    assert str(error.value).startswith(f"{report['bad']} of {report['seen']} samples")
+    lines = str(error.value).partition("Reasons:\n")[2].splitlines()
+    assert {line.split(None, 1)[1]: int(line.split()[0]) for line in lines} == report["reasons"]
+
+
+def test_no_bad_sample_is_allowed_or_any_number(bad_shards, shards):
+    strict = build_loader(bad_shards, batch_size=4, num_workers=0, max_bad_fraction=0, **SMALL)
+    with pytest.raises(DataError, match="more than max_bad_fraction=0 allows"):
+        take(strict, 17)
+    assert strict.report()["seen"] < 20  # at the first one, not after a thousand
+    assert len(take(build_loader(shards, batch_size=24, num_workers=0, max_bad_fraction=0, **SMALL), 6)) == 6
+
+
+def test_a_set_of_mostly_bad_samples_can_be_allowed(tmp_path):
+    members = [m for i in range(4) for m in sample(i, 48)]
+    write_tar(tmp_path / "a.tar", members + [(f"bad{i}.jpg", b"x") for i in range(36)])
+    loader = build_loader(tmp_path, batch_size=8, num_workers=0, max_bad_fraction=1, **SMALL)
+    batches = take(loader, 20)
+    assert {key for batch in batches for key in batch.keys} == {f"k{i:05d}" for i in range(4)}
+    report = loader.report()
+    assert report["seen"] - report["bad"] == 160
+    assert 0.8 < report["bad"] / report["seen"] < 0.96  # of all that were looked at, as in the shard
 
 
 def test_no_good_sample_at_all_is_an_error_not_a_hang(tmp_path):
