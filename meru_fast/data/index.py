@@ -23,6 +23,7 @@ import tarfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from functools import cached_property
@@ -36,6 +37,7 @@ from meru_fast.data import shards as shard_files
 from meru_fast.data.errors import DataError
 from meru_fast.data.remote import cache_folder
 from meru_fast.data.tar import regular_members
+from meru_fast.files import whole
 from meru_fast.progress import progress_bar
 
 VERSION = 1
@@ -108,9 +110,15 @@ def scan(path: str) -> Scan:
     A shard that is empty, cut short or no TAR gives the samples before the fault, and says so in `entry.fault`.
 
     Raises:
-        DataError: a compressed TAR, which cannot be read at random places.
-        OSError: the file cannot be opened.
+        DataError: a compressed TAR, which cannot be read at random places, or a file that cannot be read at all.
     """
+    try:
+        return _scan(path)
+    except OSError as error:
+        raise DataError(f"shard {path} cannot be read: {error.strerror or error}") from error
+
+
+def _scan(path: str) -> Scan:
     entry = ShardEntry(shard_files.signature(path))
     groups: list[_Group] = []
     by_key: dict[str, _Group] = {}
@@ -217,8 +225,15 @@ class FolderIndex:
                 if content["version"] == VERSION:
                     self.generation = content["generation"]
                     self.entries = {name: ShardEntry(**entry) for name, entry in content["shards"].items()}
-            except (ValueError, KeyError, TypeError) as error:
+                self._check_sizes()
+            except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
                 raise DataError(f"damaged index {table} ({error}): delete {location} and start again") from error
+
+    def _check_sizes(self) -> None:
+        row_end, key_end = self._end(self.entries.values())
+        for file, size in ((self.rows_file, row_end * ROW.itemsize), (self.keys_file, key_end)):
+            if size and file.stat().st_size < size:
+                raise ValueError(f"{file.name} has {file.stat().st_size:,} of {size:,} bytes")
 
     @property
     def rows_file(self) -> Path:
@@ -227,6 +242,13 @@ class FolderIndex:
     @property
     def keys_file(self) -> Path:
         return self.location / f"keys.{self.generation}.bin"
+
+    def mapped(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and keys of all shards that count; what a killed scan left after these is not looked at."""
+        row_end, key_end = self._end(self.entries.values())
+        rows = np.memmap(self.rows_file, ROW, "r", shape=(row_end,)) if row_end else np.zeros(0, ROW)
+        keys = np.memmap(self.keys_file, np.uint8, "r", shape=(key_end,)) if key_end else np.zeros(0, np.uint8)
+        return rows, keys
 
     def append(self, scans: dict[str, Scan]) -> None:
         """Save freshly scanned shards, by name: data first, then the table that makes them count."""
@@ -250,9 +272,8 @@ class FolderIndex:
             "generation": self.generation,
             "shards": {name: asdict(entry) for name, entry in sorted(self.entries.items())},
         }
-        new = self.location / f"shards.json.{os.getpid()}.new"
-        new.write_text(json.dumps(content, separators=(",", ":")))
-        os.replace(new, self.location / "shards.json")
+        with whole(self.location / "shards.json") as new:
+            new.write_text(json.dumps(content, separators=(",", ":")))
 
     def _compact(self, replaced: Iterable[str]) -> None:
         """Start new data files without the rows of shards that changed since."""
@@ -347,11 +368,8 @@ class ShardSet:
 
     @cached_property
     def _maps(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        def mapped(path: Path, dtype: np.dtype | type) -> np.ndarray:
-            return np.memmap(path, dtype, "r") if path.exists() and path.stat().st_size else np.zeros(0, dtype)
-
         unique = {id(folder): folder for folder in self._folders}
-        return {key: (mapped(f.rows_file, ROW), mapped(f.keys_file, np.uint8)) for key, f in unique.items()}
+        return {key: folder.mapped() for key, folder in unique.items()}
 
     def shard_of(self, sample: int) -> int:
         """Position in `paths` of the shard that holds this sample."""
@@ -422,7 +440,8 @@ def open_shards(shards, *, workers: int | None = None, progress: bool = True, pr
         prune: forget indexed shards that are gone, instead of refusing to start without them.
 
     Raises:
-        DataError: no shards, a shard that vanished since it was indexed, or one that is compressed.
+        DataError: no shards, a shard that vanished since it was indexed, one that is compressed or cannot be read, a
+            damaged index, or no place to write one.
     """
     found, globs = _find(shards)
     by_folder: dict[str, list[str]] = {}
@@ -483,6 +502,20 @@ def _stale(index: FolderIndex, paths: list[str]) -> list[str]:
 
 def _update(folder: str, paths: list[str], gone: list[str], workers: int | None, progress: bool) -> FolderIndex:
     location = writable(folder)
+    try:
+        return _update_at(location, paths, gone, workers, progress)
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a scanning process was killed, perhaps for want of memory. What was scanned so far is kept; start again"
+        ) from error
+    except OSError as error:
+        raise DataError(
+            f"the index {location} cannot be written: {error.strerror or error}. What was scanned so far is kept; "
+            "make room, or give another place by MERU_FAST_CACHE, and start again"
+        ) from error
+
+
+def _update_at(location: Path, paths: list[str], gone: list[str], workers: int | None, progress: bool) -> FolderIndex:
     with _locked(location):
         index = FolderIndex(location)  # another process may just have done the work
         for name in gone:

@@ -83,7 +83,12 @@ class Loader:
         self._dali_fallbacks = 0
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches from the current step on. One iterator at a time: a new one ends the one before."""
+        """Batches from the current step on. One iterator at a time: a new one ends the one before.
+
+        Raises:
+            DataError: from the iterator: more bad samples than `max_bad_fraction` allows, no good one at all, or a
+                worker that died, stalled or failed.
+        """
         self.close()
         self._running = self._batches()
         return self._running
@@ -96,18 +101,20 @@ class Loader:
         """Continue where another loader stood, whatever its number of ranks and workers.
 
         Raises:
-            DataError: that loader had other data, another seed or another global batch size.
+            DataError: that loader had other data, another seed or another global batch size, or this is no state.
         """
-        for name, ours in self._identity().items():
-            if name not in state:
-                raise DataError(f"the state of the data loader has no {name!r}: {dict(state)}")
+        expected = self._identity()
+        for name in ("step", *expected):
+            if not isinstance(state.get(name), int) or state["step"] < 0:
+                raise DataError(f"the state of the data loader has no valid {name!r}: {dict(state)}")
+        for name, ours in expected.items():
             if state[name] != ours:
                 raise DataError(
                     f"cannot resume the data: {name} was {state[name]} when the state was saved and is {ours} now. "
                     + _RESUME_HINTS[name]
                 )
         self.close()
-        self._step = int(state["step"])
+        self._step = state["step"]
 
     def report(self) -> dict[str, Any]:
         """Samples seen and bad ones among them on this rank, since this loader was made, with the reasons' counts.
@@ -233,15 +240,27 @@ def build_loader(
         num_samples: of a synthetic set.
 
     Raises:
-        DataError: no such shards, or fewer samples than a batch.
-        ValueError: a batch size that the ranks cannot share equally, or an unknown decoder.
+        DataError: shards that cannot be indexed (see `meru_fast.data.index.open_shards`), fewer samples than a batch,
+            or DALI asked for and not installed.
+        ValueError: a rank outside its world, a batch size that the ranks cannot share equally, an unknown decoder,
+            weights that are negative or give a set no sample, a window smaller than a block, or another argument out
+            of its range.
     """
     if decoder not in DECODERS:
         raise ValueError(f"unknown decoder {decoder!r}; choose one of {', '.join(DECODERS)}")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be from 0 to world_size - 1, got rank {rank} of world_size {world_size}")
     if batch_size < 1 or batch_size % world_size:
         raise ValueError(f"global batch size {batch_size} cannot be shared equally by {world_size} ranks")
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} of {world_size}")
+    for name, value, least in (
+        ("num_workers", num_workers, 0),
+        ("image_size", image_size, 1),
+        ("seed", seed, -(2**63)),
+    ):
+        if not least <= value < 2**63:
+            raise ValueError(f"{name} must be from {least} to 2**63 - 1, got {value}")
+    if not 0 <= max_bad_fraction <= 1:
+        raise ValueError(f"max_bad_fraction must be from 0 to 1, got {max_bad_fraction}")
     device = torch.device(device)
     sources = _sources(shards, num_samples, show_progress=rank == 0)
     mixture = []
@@ -292,7 +311,10 @@ def _sources(shards, num_samples: int, show_progress: bool) -> list[tuple[Sample
     parts = [shards] if isinstance(shards, (str, os.PathLike, Mapping)) else list(shards)
     weighted = [part for part in parts if isinstance(part, Mapping)]
     if not weighted:
-        return [(ShardSamples(open_shards(parts, progress=show_progress)), None)]
+        found = open_shards(parts, progress=show_progress)
+        if not len(found):
+            raise DataError(f"no samples in {found.paths[0]}" + (" and all others" if len(found.paths) > 1 else ""))
+        return [(ShardSamples(found), None)]
     if len(weighted) < len(parts):
         raise ValueError("shards: give all sets as {'shards': ..., 'weight': ...}, or none of them")
     sources = []

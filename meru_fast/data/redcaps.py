@@ -6,16 +6,18 @@ file becomes shards `{subreddit}_{year}_{00000000}.tar` of up to 1,000 pairs `{i
 
 import argparse
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 
 from meru_fast.data.errors import DataError
+from meru_fast.files import whole
 from meru_fast.progress import progress_bar
 
 PAIRS_PER_SHARD = 1000
@@ -54,8 +56,12 @@ def prepare(
         progress: draw a progress bar on stderr.
 
     Raises:
-        DataError: a missing folder, or an annotation file that is not of RedCaps.
+        DataError: a missing folder, an annotation file that is not of RedCaps, a file that cannot be read, or no room
+            for the shards. Finished shards stay, and the next run goes on from them.
+        ValueError: fewer than one pair in a shard.
     """
+    if pairs_per_shard < 1:
+        raise ValueError(f"pairs_per_shard must be 1 or more, got {pairs_per_shard}")
     annotations, images = annotations or root / "annotations", images or root / "images"
     for folder in (annotations, images):
         if not folder.is_dir():
@@ -63,28 +69,41 @@ def prepare(
     files = sorted(annotations.glob("*.json"))
     if not files:
         raise DataError(f"no annotation files (*.json) in {annotations}")
-    output.mkdir(parents=True, exist_ok=True)
-    done = _read_manifest(output / MANIFEST)
-    todo = [file for file in files if getattr(done.get(file.name), "signature", None) != _signature(file)]
-    counts = Counter(pairs=sum(done[file.name].pairs for file in files if file not in todo))
-    with (
-        ProcessPoolExecutor(workers) as pool,
-        open(output / MANIFEST, "a") as manifest,
-        progress_bar("writing shards", len(files), "files", progress) as advance,
-    ):
-        advance(len(files) - len(todo))
-        running = [pool.submit(_prepare_file, file, images, output, pairs_per_shard) for file in todo]
-        try:
-            for future in as_completed(running):
-                result = future.result()
-                done[result.annotations] = result
-                manifest.write(json.dumps(asdict(result)) + "\n")
-                manifest.flush()
-                counts.update(pairs=result.pairs, missing=result.missing)
-                advance(note=f"{counts['pairs']:,} pairs, {counts['missing']:,} images missing")
-        finally:
-            pool.shutdown(cancel_futures=True)
+    with _explained(output):
+        output.mkdir(parents=True, exist_ok=True)
+        done = _read_manifest(output / MANIFEST)
+        todo = [file for file in files if getattr(done.get(file.name), "signature", None) != _signature(file)]
+        counts = Counter(pairs=sum(done[file.name].pairs for file in files if file not in todo))
+        with (
+            ProcessPoolExecutor(workers) as pool,
+            open(output / MANIFEST, "a") as manifest,
+            progress_bar("writing shards", len(files), "files", progress) as advance,
+        ):
+            advance(len(files) - len(todo))
+            running = [pool.submit(_prepare_file, file, images, output, pairs_per_shard) for file in todo]
+            try:
+                for future in as_completed(running):
+                    result = future.result()
+                    done[result.annotations] = result
+                    manifest.write(json.dumps(asdict(result)) + "\n")
+                    manifest.flush()
+                    counts.update(pairs=result.pairs, missing=result.missing)
+                    advance(note=f"{counts['pairs']:,} pairs, {counts['missing']:,} images missing")
+            finally:
+                pool.shutdown(cancel_futures=True)
     return [done[file.name] for file in files]
+
+
+@contextmanager
+def _explained(output: Path) -> Iterator[None]:
+    """What the system refuses, as the one kind of error that callers expect."""
+    resume = "What is finished stays; run again to go on from there"
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise DataError(f"a process that wrote shards was killed, perhaps for want of memory. {resume}") from error
+    except OSError as error:
+        raise DataError(f"{error.filename or output}: {error.strerror or error}. {resume}") from error
 
 
 def _prepare_file(file: Path, images: Path, output: Path, pairs_per_shard: int) -> Prepared:
@@ -111,16 +130,20 @@ def _prepare_file(file: Path, images: Path, output: Path, pairs_per_shard: int) 
     stream = pairs()
     for first in stream:  # no shard is opened before there is a pair for it, so none is empty
         shard = output / f"{file.stem}_{shards:08d}.tar"
-        new = shard.with_name(f".{shard.name}.new")
-        with webdataset.TarWriter(str(new), encoder=False, mtime=0) as tar:
+        with (
+            whole(shard) as new,
+            new.open("wb") as out,  # TarWriter would leave it open after a failed write
+            webdataset.TarWriter(out, encoder=False, mtime=0) as tar,
+        ):
             for _, pair in zip(range(pairs_per_shard), chain([first], stream), strict=False):
                 tar.write(pair)
                 written += 1
-        os.replace(new, shard)
         shards += 1
     for stale in output.glob(f"{file.stem}_????????.tar"):  # of an earlier, longer version of this file
         if int(stale.stem[-8:]) >= shards:
             stale.unlink()
+    for partial in output.glob(f".{file.stem}_????????.tar.*"):  # of a run that was killed
+        partial.unlink()
     return Prepared(file.name, signature, shards, written, missing)
 
 
@@ -169,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         results = prepare(**vars(args))
-    except DataError as error:
+    except (DataError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     shards, pairs, missing = (sum(getattr(r, name) for r in results) for name in ("shards", "pairs", "missing"))

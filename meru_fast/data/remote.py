@@ -12,6 +12,8 @@ from collections import defaultdict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from meru_fast.data.errors import DataError
+
 CACHE_BYTES = int(os.environ.get("MERU_FAST_BLOCK_CACHE_BYTES", 32 * 2**30))
 FETCHES = 16  # at a time, per worker
 EVICT_EVERY = 64  # fetches
@@ -54,6 +56,7 @@ class RemoteReader:
 
         Raises:
             OSError: the object cannot be read.
+            DataError: the cache cannot be written.
         """
         ranges = self._ranges.get(path, [])
         start, stop = ranges[at - 1] if (at := bisect_right(ranges, (offset, 2**63))) else (0, 0)
@@ -65,10 +68,13 @@ class RemoteReader:
                 waiting.result()
             try:
                 with open(file, "rb") as block:
-                    os.utime(block.fileno())  # the least recently used go first
-                    return os.pread(block.fileno(), size, offset - start)
+                    if os.fstat(block.fileno()).st_size == stop - start:
+                        os.utime(block.fileno())  # the least recently used go first
+                        return os.pread(block.fileno(), size, offset - start)
+                file.unlink(missing_ok=True)  # cut short, as by a power cut: the cache is not synced
             except FileNotFoundError:
-                self.prefetch(path, start, stop)
+                pass
+            self.prefetch(path, start, stop)
         return _request(path, offset, offset + size)
 
     def close(self) -> None:
@@ -80,10 +86,18 @@ class RemoteReader:
 
     def _fetch(self, path: str, start: int, stop: int, file: Path) -> None:
         data = _request(path, start, stop)
-        self._folder.mkdir(parents=True, exist_ok=True)
         new = file.with_name(f"{file.name}.{os.getpid()}.new")
-        new.write_bytes(data)
-        os.replace(new, file)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            new.write_bytes(data)
+            os.replace(new, file)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                new.unlink()
+            raise DataError(
+                f"the cache of remote shards {self._folder} cannot be written: {error.strerror}. Make room, lower "
+                "MERU_FAST_BLOCK_CACHE_BYTES or give another place by MERU_FAST_CACHE"
+            ) from error
         self.fetched += 1
         if self.fetched % EVICT_EVERY == 0:
             self._evict()

@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice, repeat
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def verify(shards, *, workers: int | None = None, progress: bool = True) -> Iter
         progress: draw a progress bar on stderr.
 
     Raises:
-        DataError: as `open_shards`.
+        DataError: as `open_shards`, or a checking process was killed.
     """
     found = shards if isinstance(shards, ShardSet) else open_shards(shards, workers=workers, progress=progress)
     for path, entry in zip(found.paths, found.entries, strict=True):
@@ -57,6 +58,8 @@ def _check_all(found: ShardSet, chunks: list[range], workers: int | None) -> Ite
             while running:
                 yield running.pop(0).result()
                 running += [pool.submit(_check_opened, chunk) for chunk in islice(queue, 1)]
+        except BrokenProcessPool as error:
+            raise DataError("a checking process was killed, perhaps for want of memory; try fewer workers") from error
         finally:
             pool.shutdown(cancel_futures=True)
 

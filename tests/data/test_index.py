@@ -2,6 +2,8 @@ import gzip
 import json
 import os
 import pickle
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -287,7 +289,7 @@ def public_path():
 
 
 def index_as_nobody(folder: Path, cache: Path, tmp_path: Path) -> str:
-    """Index a folder as a user who may not write there (root may write anywhere); the number of samples."""
+    """Index a folder as a user who may not write there (root may do anything); the number of samples, or the error."""
     write_shards(tmp_path / "other", 1, 1, 32)
     code = f"""
 import os
@@ -295,7 +297,11 @@ from meru_fast.data.index import open_shards
 open_shards({str(tmp_path / "other")!r}, progress=False)  # everything is imported before the user changes
 if os.getuid() == 0:
     os.setresuid(65534, 65534, 65534)
-print(len(open_shards({str(folder)!r}, progress=False)))
+from meru_fast.data.errors import DataError
+try:
+    print(len(open_shards({str(folder)!r}, progress=False)))
+except DataError as error:
+    print(error)
 """
     environment = {**os.environ, "MERU_FAST_CACHE": str(cache)}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
@@ -327,12 +333,81 @@ def test_index_shipped_with_read_only_shards_is_used(public_path, tmp_path):
         folder.chmod(0o755)
 
 
-def test_damaged_index_is_named(tmp_path):
+def test_shards_and_places_without_permission(public_path, tmp_path):
+    shards, cache = public_path / "s", public_path / "cache"
+    write_shards(shards, 2, 2, 32)
+    cache.mkdir(mode=0o755)
+    found = index_as_nobody(shards, cache, tmp_path)  # neither place can be written
+    assert re.fullmatch(rf"the index {cache}/index/\w+ cannot be written: Permission denied.*MERU_FAST_CACHE.*", found)
+    cache.chmod(0o777)
+    (shards / "shard_00001.tar").chmod(0o600)
+    found = index_as_nobody(shards, cache, tmp_path)
+    assert found == f"shard {shards}/shard_00001.tar cannot be read: Permission denied"
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"version": 1}', '{"version": 1, "generation": 0, "shards": {"a": 1}}'])
+def test_damaged_index_is_named(tmp_path, damage):
     write_shards(tmp_path, 1, 1, 32)
     opened(tmp_path)
-    (tmp_path / ".meru_index" / "shards.json").write_text("{")
+    (tmp_path / ".meru_index" / "shards.json").write_text(damage)
     with pytest.raises(DataError, match=r"damaged index .*shards\.json.*delete"):
         opened(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["rows.0.bin", "keys.0.bin"])
+def test_an_index_that_lost_data_is_damaged(tmp_path, name):
+    write_shards(tmp_path, 2, 2, 32)
+    opened(tmp_path)
+    file = tmp_path / ".meru_index" / name
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(DataError, match=rf"damaged index .*{name} has \d+ of \d+ bytes.*delete"):
+        opened(tmp_path)
+    file.unlink()
+    with pytest.raises(DataError, match=rf"damaged index .*{name}.*delete"):
+        opened(tmp_path)
+    shutil.rmtree(tmp_path / ".meru_index")
+    assert len(opened(tmp_path)) == 4
+
+
+def test_a_full_disk_is_one_error_and_keeps_the_index(tmp_path):
+    members = [(f"{i}.{kind}", b"{}") for i in range(3000) for kind in ("jpg", "json")]
+    write_shards(tmp_path, 1, 3, 32)
+    assert len(opened(tmp_path)) == 3
+    write_tar(tmp_path / "large.tar", members)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # as if the disk ended there
+    try:
+        with pytest.raises(DataError, match=r"the index .*\.meru_index cannot be written: File too large"):
+            opened(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(table(tmp_path)) == 1
+    assert len(opened(f"{tmp_path}/shard_*.tar")) == 3
+    assert len(opened(tmp_path)) == 3003
+
+
+def killed_scan(path):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_scanning_process_is_one_error(tmp_path, monkeypatch):
+    write_shards(tmp_path, 16, 1, 32)
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "scan", killed_scan)
+        with pytest.raises(DataError, match="a scanning process was killed"):
+            opened(tmp_path, workers=2)
+    assert len(opened(tmp_path)) == 16
+
+
+def test_a_folder_in_place_of_a_shard(tmp_path):
+    shards = write_shards(tmp_path, 2, 2, 32)
+    opened(tmp_path)
+    shards[1].unlink()
+    shards[1].mkdir()
+    with pytest.raises(DataError, match=r"shard_00001\.tar was indexed and is gone"):
+        opened(tmp_path)
+    with pytest.raises(DataError, match=r"no shards match .*shard_00001\.tar"):
+        opened(shards[1])
 
 
 def test_sending_an_open_set_to_a_process_is_cheap(tmp_path):

@@ -1,4 +1,6 @@
+import importlib.util
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -119,7 +121,7 @@ def test_resume_costs_the_same_anywhere(shards):
     loader = build_loader(shards, batch_size=24, num_workers=0, **SMALL)
     state = loader.state_dict()
     seconds = []
-    for step in (0, 50_000_000):
+    for step in (0, 10**15):
         loader.load_state_dict({**state, "step": step})
         start = time.perf_counter()
         assert take(loader, 1)[0].step == step
@@ -143,8 +145,46 @@ def test_foreign_state_is_refused_with_the_reason(shards, tmp_path):
         build_loader(tmp_path, batch_size=24, num_workers=0, **SMALL).load_state_dict(state)
     with pytest.raises(DataError, match=r"fingerprint was .* block and window"):
         build_loader(shards, batch_size=24, num_workers=0, **{**SMALL, "block": 5}).load_state_dict(state)
-    with pytest.raises(DataError, match="no 'seed'"):
-        build_loader(shards, batch_size=24, num_workers=0, **SMALL).load_state_dict({"step": 3})
+    for damage, name in [({"step": -1}, "step"), ({"step": "3"}, "step"), ({"seed": None}, "seed")]:
+        with pytest.raises(DataError, match=f"no valid '{name}'"):
+            build_loader(shards, batch_size=24, num_workers=0, **SMALL).load_state_dict({**state, **damage})
+    with pytest.raises(DataError, match="no valid 'step'"):
+        build_loader(shards, batch_size=24, num_workers=0, **SMALL).load_state_dict({})
+
+
+def test_a_state_of_other_data_is_refused_also_from_a_file(shards, tmp_path):
+    other = build_loader("synthetic", batch_size=24, num_workers=0, image_size=32)
+    other.load_state_dict({**other.state_dict(), "step": 7})
+    (tmp_path / "state").write_bytes(pickle.dumps(other.state_dict()))
+    loader = build_loader(shards, batch_size=24, num_workers=0, **SMALL)
+    with pytest.raises(DataError, match="cannot resume the data: fingerprint was"):
+        loader.load_state_dict(pickle.loads((tmp_path / "state").read_bytes()))
+    assert loader.state_dict()["step"] == 0
+
+
+@pytest.mark.parametrize("seed", [-1, -(2**63), 2**63 - 1])
+def test_any_seed_of_64_bits(shards, seed):
+    first, again, other = (
+        content(take(build_loader(shards, batch_size=24, num_workers=0, seed=s, **SMALL), 2))
+        for s in (seed, seed, abs(seed) - 5)
+    )
+    assert same(first, again)
+    assert first.keys() != other.keys()
+
+
+def test_closing_twice_and_iterating_twice(shards):
+    loader = build_loader(shards, batch_size=24, num_workers=1, **SMALL)
+    loader.close()  # never begun
+    first = iter(loader)
+    assert next(first).step == 0
+    second = iter(loader)
+    assert next(first, None) is None  # the first one has ended
+    assert next(second).step == 1
+    loader.close()
+    loader.close()
+    assert next(second, None) is None
+    assert next(iter(loader)).step == 2
+    loader.close()
 
 
 def test_epochs_draw_new_crops(shards):
@@ -284,6 +324,29 @@ def test_a_shard_that_shrinks_during_the_run_is_survived(tmp_path):
     assert any("shrank since it was indexed" in reason for reason in loader.report()["reasons"])
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_is_rewritten_during_the_run_is_indexed_at_the_next_start(tmp_path, workers):
+    write_shards(tmp_path, 3, 20, 48)
+    loader = build_loader(tmp_path, batch_size=10, num_workers=workers, max_bad_fraction=1, **SMALL)
+    take(loader, 1)
+    state = loader.state_dict()
+    write_tar(tmp_path / "shard_00001.tar", [m for i in range(700, 710) for m in sample(i, 64)])  # other sizes
+    batches = take(loader, 5)
+    assert all(len(batch.keys) == 10 for batch in batches)
+    assert loader.report()["bad"] > 0  # what lies at the old places is no sample
+    with pytest.raises(DataError, match="fingerprint"):
+        build_loader(tmp_path, batch_size=10, num_workers=0, **SMALL).load_state_dict(state)
+
+
+def test_a_shard_that_becomes_a_folder_during_the_run_is_survived(tmp_path):
+    write_shards(tmp_path, 3, 20, 48)
+    loader = build_loader(tmp_path, batch_size=10, num_workers=1, max_bad_fraction=1, **SMALL)
+    (tmp_path / "shard_00001.tar").unlink()
+    (tmp_path / "shard_00001.tar").mkdir()
+    take(loader, 6)
+    assert any("cannot be read" in reason for reason in loader.report()["reasons"])
+
+
 def exhaust(batches):
     for _ in range(100):
         next(batches)
@@ -418,7 +481,17 @@ def test_remote_shards_give_the_same_batches(shards, tmp_path, monkeypatch):
     ("options", "message"),
     [
         ({"batch_size": 25, "world_size": 2}, "batch size 25 cannot be shared equally by 2 ranks"),
-        ({"batch_size": 24, "rank": 2, "world_size": 2}, "rank 2 of 2"),
+        ({"batch_size": 4, "world_size": 8}, "batch size 4 cannot be shared equally by 8 ranks"),
+        ({"batch_size": 0}, "batch size 0 cannot be shared"),
+        ({"batch_size": 24, "rank": 2, "world_size": 2}, "got rank 2 of world_size 2"),
+        ({"batch_size": 24, "world_size": 0}, "got rank 0 of world_size 0"),
+        ({"batch_size": 24, "num_workers": -1}, "num_workers must be from 0 .*got -1"),
+        ({"batch_size": 24, "image_size": 0}, "image_size must be from 1 .*got 0"),
+        ({"batch_size": 24, "seed": 2**64}, "seed must be from .*got 18446744073709551616"),
+        ({"batch_size": 24, "max_bad_fraction": -0.1}, "max_bad_fraction must be from 0 to 1, got -0.1"),
+        ({"batch_size": 24, "max_bad_fraction": 5}, "max_bad_fraction must be from 0 to 1, got 5"),
+        ({"batch_size": 24, "window": 2}, "need 1 <= block <= window, got block 4 and window 2"),
+        ({"batch_size": 4, "shards": {"shards": "synthetic", "weight": -1}}, "weights .* must be positive"),
         ({"batch_size": 24, "decoder": "opencv"}, "unknown decoder 'opencv'.*auto, pil, dali"),
         ({"batch_size": 200}, "126 samples cannot fill a batch of 200"),
         ({"batch_size": 24, "shards": [{"shards": "x", "wieght": 1}]}, "unknown key 'wieght'"),
@@ -429,6 +502,22 @@ def test_remote_shards_give_the_same_batches(shards, tmp_path, monkeypatch):
 def test_impossible_options(shards, options, message):
     with pytest.raises((ValueError, DataError), match=message):
         build_loader(**{"shards": shards, "num_workers": 0, **SMALL, **options})
+
+
+def test_an_empty_folder_and_empty_shards(tmp_path):
+    with pytest.raises(DataError, match=rf"no shards match '{tmp_path}'"):
+        build_loader(tmp_path, batch_size=4, num_workers=0, **SMALL)
+    (tmp_path / "a.tar").write_bytes(b"")
+    with pytest.raises(DataError, match=r"no samples in .*a\.tar$"):
+        build_loader(tmp_path, batch_size=4, num_workers=0, **SMALL)
+
+
+def test_dali_that_is_not_installed_is_one_error(shards, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if "dali" in name else found(name, *rest))
+    with pytest.raises(DataError, match=r"needs NVIDIA DALI: pip install 'meru_fast\[dali\]', or use decoder='pil'"):
+        build_loader(shards, batch_size=24, num_workers=0, decoder="dali", **SMALL)
+    assert len(take(build_loader(shards, batch_size=24, num_workers=0, decoder="auto", **SMALL), 1)) == 1
 
 
 @pytest.mark.gpu

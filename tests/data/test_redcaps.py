@@ -1,4 +1,5 @@
 import json
+import resource
 import subprocess
 import sys
 import tarfile
@@ -102,6 +103,70 @@ def test_errors_name_the_file(downloaded, tmp_path, capsys):
         redcaps.prepare(downloaded, tmp_path / "s", workers=1, progress=False)
     assert redcaps.main([str(tmp_path), str(tmp_path / "s")]) == 1
     assert "annotations/, images/" in capsys.readouterr().err
+
+
+def file_size_limit(limit):
+    """Files may not grow beyond this, as if the disk ended there: the system fails a write in its midst."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def test_a_full_disk_is_one_error_and_the_next_run_goes_on(downloaded, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "s"
+    redcaps.prepare(downloaded, whole, pairs_per_shard=25, workers=1, progress=False)
+    sizes = [path.stat().st_size for path in sorted(whole.glob("*.tar"))]
+    assert sizes[1] < 40_000 < sizes[0]  # the shard of foodporn has room, that of cats has not
+    command = [sys.executable, str(SCRIPT), str(downloaded), str(out), "--pairs-per-shard", "25", "--workers", "1"]
+    full = subprocess.run(command, capture_output=True, text=True, preexec_fn=file_size_limit(40_000))
+    assert full.returncode == 1
+    assert "Traceback" not in full.stderr
+    assert "Exception ignored" not in full.stderr
+    assert full.stderr.splitlines()[-1] == (
+        f"error: {out}: File too large. What is finished stays; run again to go on from there"
+    )
+    assert {path.name for path in out.iterdir()} <= {redcaps.MANIFEST, "foodporn_2020_00000000.tar"}
+    assert subprocess.run(command).returncode == 0
+    for path in sorted(whole.glob("*.tar")):
+        assert (out / path.name).read_bytes() == path.read_bytes()
+    assert len(list(out.glob("*.tar"))) == 2
+
+
+def test_a_killed_run_leaves_no_half_shard_and_the_next_goes_on(downloaded, tmp_path):
+    out = tmp_path / "s"
+    code = f"""
+import os, signal
+from pathlib import Path
+from meru_fast.data import redcaps
+import webdataset
+write = webdataset.TarWriter.write
+def killing(self, pair):
+    if pair["__key__"] == "c0000c":  # in the second shard of cats
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(self, pair)
+webdataset.TarWriter.write = killing
+raise SystemExit(redcaps.main([{str(downloaded)!r}, {str(out)!r}, "--pairs-per-shard", "10", "--workers", "1"]))
+"""
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert killed.returncode == 1
+    assert "error: a process that wrote shards was killed" in killed.stderr
+    assert "Traceback" not in killed.stderr
+    assert [path.name for path in out.glob("*.tar")] == ["cats_2019_00000000.tar"]
+    assert list(out.glob(".cats*"))  # what it was at
+    redcaps.prepare(downloaded, out, pairs_per_shard=10, workers=1, progress=False)
+    assert len(members(out / "cats_2019_00000001.tar")) == 20
+    assert sorted(path.name for path in out.iterdir() if not path.name.endswith(".tar")) == [redcaps.MANIFEST]
+
+
+def test_bad_arguments(downloaded, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert redcaps.main([str(downloaded), str(tmp_path / "file")]) == 1
+    assert f"error: {tmp_path / 'file'}: File exists" in capsys.readouterr().err
+    assert redcaps.main([str(downloaded), str(tmp_path / "s"), "--pairs-per-shard", "0"]) == 1
+    assert "pairs_per_shard must be 1 or more, got 0" in capsys.readouterr().err
+    image = downloaded / "images" / "cats" / "c00003.jpg"
+    image.unlink()
+    image.mkdir()
+    with pytest.raises(DataError, match=r"c00003\.jpg: Is a directory"):
+        redcaps.prepare(downloaded, tmp_path / "s", workers=1, progress=False)
 
 
 @pytest.mark.parametrize(

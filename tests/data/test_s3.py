@@ -95,3 +95,23 @@ def test_an_object_that_vanishes_costs_its_samples(client, bucket):
         assert not {f"k{i:05d}" for i in range(10, 20)} & set(batch.keys)
     assert loader.report()["bad"] > 0
     loader.close()
+
+
+def test_blocks_that_a_power_cut_shortened_are_fetched_again(shards, bucket, tmp_path):
+    expected = batches(shards, 5, num_workers=0)
+    batches(f"s3://{bucket}/redcaps", 5, num_workers=0)
+    blocks = list((tmp_path / "cache" / "blocks").iterdir())
+    for number, block in enumerate(blocks):
+        block.write_bytes(block.read_bytes()[: 100 * (number % 2)])
+    loader = build_loader(f"s3://{bucket}/redcaps", num_workers=0, **SMALL)
+    for ours, theirs in zip(loader, expected, strict=False):
+        assert torch.equal(ours.images, theirs.images)
+    loader.close()
+    assert loader.report()["bad"] == 0
+
+
+def test_a_cache_that_cannot_be_written_is_one_error(bucket, tmp_path):
+    loader = build_loader(f"s3://{bucket}/redcaps", num_workers=1, **SMALL)
+    (tmp_path / "cache" / "blocks").write_text("a file in its place")
+    with pytest.raises(DataError, match=r"the cache of remote shards .*blocks cannot be written.*MERU_FAST_CACHE"):
+        next(iter(loader))

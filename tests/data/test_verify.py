@@ -1,4 +1,6 @@
 import csv
+import os
+import signal
 
 import pytest
 from shard_factory import encoded, photo, sample, write_shards, write_tar
@@ -57,3 +59,13 @@ def test_command(shards, capsys):
 def test_nothing_there(tmp_path):
     with pytest.raises(DataError, match="no shards"):
         list(verify.verify(tmp_path))
+
+
+def killed_check(chunk):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_checking_process_is_one_error(shards, monkeypatch):
+    monkeypatch.setattr(verify, "_check_opened", killed_check)
+    with pytest.raises(DataError, match="a checking process was killed"):
+        list(verify.verify(shards, workers=2, progress=False))
