@@ -343,7 +343,7 @@ def plot_soak(rows: Sequence[tuple[str, int, float, float]], curve_file: Path, w
     axes.axhline(LIMIT_MB, color="tab:red", linestyle="--", linewidth=1, label=f"limit: {LIMIT_MB} MB")
     axes.axvline(warm_up, color="grey", linestyle=":", linewidth=1, label="end of warm-up")
     axes.set(xlabel="batches", ylabel="change of resident memory,\nall processes (MB)")
-    axes.legend(loc="lower left")
+    axes.legend(loc="center right")
     figure.savefig(curve_file.with_suffix(".png"), dpi=120)
     return 0 if worst < LIMIT_MB else 1
 

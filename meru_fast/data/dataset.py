@@ -124,6 +124,9 @@ class TrainingSet:
     Args:
         mixture: the sources, whose quotas sum to the global batch size.
         for_dali: leave plain JPEGs encoded.
+
+    Raises:
+        DataError: when asked for a batch: no good sample in place of a bad one.
     """
 
     def __init__(

@@ -212,7 +212,11 @@ def _text_kind(group: _Group, file) -> str:
 
 
 class FolderIndex:
-    """The index of one folder of shards, on disk. Not for direct use: see `open_shards`."""
+    """The index of one folder of shards, on disk. Not for direct use: see `open_shards`.
+
+    Raises:
+        DataError: a damaged index.
+    """
 
     def __init__(self, location: Path):
         self.location = location
@@ -376,6 +380,11 @@ class ShardSet:
         return int(np.searchsorted(self.starts, sample, "right")) - 1
 
     def locate(self, sample: int) -> Location:
+        """Where a sample lies.
+
+        Raises:
+            IndexError: no such sample.
+        """
         shard = self.shard_of(sample)
         row = self._row(shard, sample)
         return Location(

@@ -37,6 +37,9 @@ class EpochOrder:
         seed: of the whole run.
         block: samples that are read together.
         window: samples that are shuffled together; the read-ahead. At least a few batches.
+
+    Raises:
+        ValueError: a window smaller than a block, or a block of none.
     """
 
     def __init__(self, starts: np.ndarray, seed: int, *, block: int = BLOCK_SAMPLES, window: int = WINDOW_SAMPLES):
@@ -66,7 +69,11 @@ class EpochOrder:
         self._window = lru_cache(2)(self._shuffle_window)
 
     def __getitem__(self, stretch: tuple[int, int, int]) -> Picks:
-        """The samples at positions [start, stop) of an epoch, asked for as `order[epoch, start, stop]`."""
+        """The samples at positions [start, stop) of an epoch, asked for as `order[epoch, start, stop]`.
+
+        Raises:
+            IndexError: positions outside the epoch.
+        """
         epoch, start, stop = stretch
         if not 0 <= start <= stop <= self.num_samples:
             raise IndexError(f"positions {start} to {stop} of an epoch of {self.num_samples} samples")

@@ -26,6 +26,9 @@ def patterns(shards: str | os.PathLike | Iterable) -> list[str]:
     """Flatten what users write into one list of patterns.
 
     A string may join several with `::` and hold brace ranges (`shard_{00000..00099}.tar`); a list may mix all forms.
+
+    Raises:
+        DataError: a string that ends in the name of a file system.
     """
     if not isinstance(shards, (str, os.PathLike)):
         return [pattern for item in shards for pattern in patterns(item)]

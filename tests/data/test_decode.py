@@ -72,6 +72,15 @@ def test_dali_and_kinds_of_jpeg(options):
         assert (image.float() - ours(data, window)).abs().mean() < 0.5
 
 
+def test_dali_decodes_to_the_same_pixels():
+    """Where nothing is resized, both are libjpeg-turbo with interpolated chroma."""
+    kinds = [{}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 1}, {"quality": 30}]
+    files = [encoded(photo(number, 301), **options) for number, options in enumerate(kinds)]
+    windows = [Window(3, 7, 64, 64)] * len(files)
+    for image, data, window in zip(dali(files, windows, 64), files, windows, strict=True):
+        assert torch.equal(image, ours(data, window, 64))
+
+
 def stored_as_rgb():
     """JPEGs whose colours are not YCbCr, as Adobe's marker says, or the names R, G, B of the components alone."""
     data = encoded(photo(2, 200), keep_rgb=True, quality=90)
