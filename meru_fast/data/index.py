@@ -259,7 +259,7 @@ class FolderIndex:
         self.location.mkdir(parents=True, exist_ok=True)
         live = sum(entry.num_rows for name, entry in self.entries.items() if name not in scans)
         if self._end(self.entries.values())[0] > 2 * live + 4096:
-            self._compact(scans.keys())
+            self.forget(scans.keys())
         row_end, key_end = self._end(self.entries.values())
         with _at(self.rows_file, row_end * ROW.itemsize) as rows, _at(self.keys_file, key_end) as keys:
             for name, done in scans.items():
@@ -279,11 +279,11 @@ class FolderIndex:
         with whole(self.location / "shards.json") as new:
             new.write_text(json.dumps(content, separators=(",", ":")))
 
-    def _compact(self, replaced: Iterable[str]) -> None:
-        """Start new data files without the rows of shards that changed since."""
+    def forget(self, names: Iterable[str]) -> None:
+        """Start new data files without these shards; whoever has the old ones open keeps them."""
         old_rows, old_keys = self.rows_file, self.keys_file
         rows, keys = old_rows.read_bytes(), old_keys.read_bytes()
-        kept = {name: entry for name, entry in self.entries.items() if name not in set(replaced)}
+        kept = {name: entry for name, entry in self.entries.items() if name not in set(names)}
         self.entries, self.generation = {}, self.generation + 1
         with _at(self.rows_file, 0) as new_rows, _at(self.keys_file, 0) as new_keys:
             for name, entry in kept.items():
@@ -527,10 +527,8 @@ def _update(folder: str, paths: list[str], gone: list[str], workers: int | None,
 def _update_at(location: Path, paths: list[str], gone: list[str], workers: int | None, progress: bool) -> FolderIndex:
     with _locked(location):
         index = FolderIndex(location)  # another process may just have done the work
-        for name in gone:
-            index.entries.pop(name, None)
         if gone:
-            index.save()
+            index.forget(gone)
         pending: dict[str, Scan] = {}
         saved = time.monotonic()
         for path, done in _scan_all(_stale(index, paths), workers, progress):

@@ -228,6 +228,17 @@ def test_vanished_shard_is_named(tmp_path):
     assert len(opened(tmp_path)) == 4
 
 
+def test_pruning_does_not_disturb_who_has_the_index_open(tmp_path):
+    write_shards(tmp_path, 3, 40, 32)
+    old = opened(tmp_path)
+    (tmp_path / "shard_00002.tar").unlink()
+    write_tar(tmp_path / "other.tar", sample(900, 32))
+    new = opened(tmp_path, prune=True)
+    assert [new.key(i) for i in range(len(new))] == ["k00900", *(f"k{i:05d}" for i in range(80))]
+    assert [old.key(i) for i in range(120)] == [f"k{i:05d}" for i in range(120)]
+    assert (tmp_path / ".meru_index" / "rows.1.bin").stat().st_size == 81 * 24
+
+
 def test_many_processes_index_as_one(tmp_path):
     write_shards(tmp_path / "a", 20, 2, 32)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
