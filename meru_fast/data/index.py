@@ -22,8 +22,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from functools import cached_property
@@ -35,6 +34,7 @@ import numpy as np
 
 from meru_fast.data import shards as shard_files
 from meru_fast.data.errors import DataError
+from meru_fast.data.pool import process_pool
 from meru_fast.data.remote import cache_folder
 from meru_fast.data.tar import regular_members
 from meru_fast.files import whole
@@ -333,7 +333,7 @@ def _locked(location: Path):
     """One process at a time scans a folder; the others wait and find the work done."""
     location.mkdir(parents=True, exist_ok=True)
     with open(location / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.lockf(lock, fcntl.LOCK_EX)  # which forked processes do not inherit, so that it ends with this one
         yield
 
 
@@ -513,10 +513,6 @@ def _update(folder: str, paths: list[str], gone: list[str], workers: int | None,
     location = writable(folder)
     try:
         return _update_at(location, paths, gone, workers, progress)
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a scanning process was killed, perhaps for want of memory. What was scanned so far is kept; start again"
-        ) from error
     except OSError as error:
         raise DataError(
             f"the index {location} cannot be written: {error.strerror or error}. What was scanned so far is kept; "
@@ -554,16 +550,13 @@ def _scan_all(paths: list[str], workers: int | None, progress: bool) -> Iterator
 
 def _scan_in_processes(paths: list[str], workers: int) -> Iterator[tuple[str, Scan]]:
     todo = iter(paths)
-    with ProcessPoolExecutor(workers) as pool:
+    with process_pool(workers) as pool:
         running = {pool.submit(scan, path): path for path in islice(todo, 4 * workers)}
-        try:
-            while running:
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    path = running.pop(future)
-                    running.update({pool.submit(scan, following): following for following in islice(todo, 1)})
-                    yield path, future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        while running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                path = running.pop(future)
+                running.update({pool.submit(scan, following): following for following in islice(todo, 1)})
+                yield path, future.result()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,14 +9,14 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 
 from meru_fast.data.errors import DataError
+from meru_fast.data.pool import process_pool
 from meru_fast.files import whole
 from meru_fast.progress import progress_bar
 
@@ -75,35 +75,32 @@ def prepare(
         todo = [file for file in files if getattr(done.get(file.name), "signature", None) != _signature(file)]
         counts = Counter(pairs=sum(done[file.name].pairs for file in files if file not in todo))
         with (
-            ProcessPoolExecutor(workers) as pool,
+            process_pool(workers) as pool,
             open(output / MANIFEST, "a") as manifest,
             progress_bar("writing shards", len(files), "files", progress) as advance,
         ):
             advance(len(files) - len(todo))
             running = [pool.submit(_prepare_file, file, images, output, pairs_per_shard) for file in todo]
-            try:
-                for future in as_completed(running):
-                    result = future.result()
-                    done[result.annotations] = result
-                    manifest.write(json.dumps(asdict(result)) + "\n")
-                    manifest.flush()
-                    counts.update(pairs=result.pairs, missing=result.missing)
-                    advance(note=f"{counts['pairs']:,} pairs, {counts['missing']:,} images missing")
-            finally:
-                pool.shutdown(cancel_futures=True)
+            for future in as_completed(running):
+                result = future.result()
+                done[result.annotations] = result
+                manifest.write(json.dumps(asdict(result)) + "\n")
+                manifest.flush()
+                counts.update(pairs=result.pairs, missing=result.missing)
+                advance(note=f"{counts['pairs']:,} pairs, {counts['missing']:,} images missing")
     return [done[file.name] for file in files]
 
 
 @contextmanager
 def _explained(output: Path) -> Iterator[None]:
     """What the system refuses, as the one kind of error that callers expect."""
-    resume = "What is finished stays; run again to go on from there"
     try:
         yield
-    except BrokenProcessPool as error:
-        raise DataError(f"a process that wrote shards was killed, perhaps for want of memory. {resume}") from error
     except OSError as error:
-        raise DataError(f"{error.filename or output}: {error.strerror or error}. {resume}") from error
+        raise DataError(
+            f"{error.filename or output}: {error.strerror or error}. "
+            "What is finished stays; run again to go on from there"
+        ) from error
 
 
 def _prepare_file(file: Path, images: Path, output: Path, pairs_per_shard: int) -> Prepared:

@@ -5,8 +5,6 @@ import csv
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from itertools import islice, repeat
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from meru_fast.data import decode
 from meru_fast.data.dataset import Defect
 from meru_fast.data.errors import BadSampleError, DataError
 from meru_fast.data.index import ShardSet, open_shards
+from meru_fast.data.pool import process_pool
 from meru_fast.data.samples import ShardSamples
 from meru_fast.data.transforms import Window
 from meru_fast.progress import progress_bar
@@ -51,17 +50,12 @@ def _check_all(found: ShardSet, chunks: list[range], workers: int | None) -> Ite
     if workers == 0 or len(chunks) == 1:
         yield from map(_check, repeat(ShardSamples(found)), chunks)
         return
-    with ProcessPoolExecutor(workers, initializer=_open, initargs=(found,)) as pool:
+    with process_pool(workers, _open, found) as pool:
         queue = iter(chunks)
         running = [pool.submit(_check_opened, chunk) for chunk in islice(queue, 64)]
-        try:
-            while running:
-                yield running.pop(0).result()
-                running += [pool.submit(_check_opened, chunk) for chunk in islice(queue, 1)]
-        except BrokenProcessPool as error:
-            raise DataError("a checking process was killed, perhaps for want of memory; try fewer workers") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+        while running:
+            yield running.pop(0).result()
+            running += [pool.submit(_check_opened, chunk) for chunk in islice(queue, 1)]
 
 
 _opened: ShardSamples  # in a checking process: the samples, sent once and not with every chunk

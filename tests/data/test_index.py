@@ -1,3 +1,4 @@
+import contextlib
 import gzip
 import json
 import os
@@ -397,6 +398,42 @@ def test_a_full_disk_is_one_error_and_keeps_the_index(tmp_path):
     assert len(opened(tmp_path)) == 3003
 
 
+def test_killed_with_its_processes_the_next_scan_need_not_wait(tmp_path):
+    """The lock and the processes of a killed scan go with it."""
+    write_shards(tmp_path, 24, 1, 32)
+    code = f"""
+import time
+from meru_fast.data import index
+def slow(path):
+    time.sleep(1)
+    return index._scan(path)
+index.scan = slow
+index.open_shards({str(tmp_path)!r}, workers=2, progress=False)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    deadline = time.monotonic() + 300
+    while len(session(process.pid)) < 3:  # itself and two workers
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert len(opened(tmp_path, workers=2)) == 24
+    while session(process.pid):
+        assert time.monotonic() < deadline, "workers outlive the scan"
+        time.sleep(0.05)
+
+
+def session(leader):
+    """Processes of a session that are alive."""
+    alive = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == leader and fields[0] != "Z":
+                alive.append(stat.parent.name)
+    return alive
+
+
 def killed_scan(path):
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -405,7 +442,7 @@ def test_a_killed_scanning_process_is_one_error(tmp_path, monkeypatch):
     write_shards(tmp_path, 16, 1, 32)
     with monkeypatch.context() as patch:
         patch.setattr(index, "scan", killed_scan)
-        with pytest.raises(DataError, match="a scanning process was killed"):
+        with pytest.raises(DataError, match="a worker process was killed"):
             opened(tmp_path, workers=2)
     assert len(opened(tmp_path)) == 16
 

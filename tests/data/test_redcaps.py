@@ -147,7 +147,7 @@ raise SystemExit(redcaps.main([{str(downloaded)!r}, {str(out)!r}, "--pairs-per-s
 """
     killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert killed.returncode == 1
-    assert "error: a process that wrote shards was killed" in killed.stderr
+    assert "error: a worker process was killed" in killed.stderr
     assert "Traceback" not in killed.stderr
     assert [path.name for path in out.glob("*.tar")] == ["cats_2019_00000000.tar"]
     assert list(out.glob(".cats*"))  # what it was at

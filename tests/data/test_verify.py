@@ -67,5 +67,5 @@ def killed_check(chunk):
 
 def test_a_killed_checking_process_is_one_error(shards, monkeypatch):
     monkeypatch.setattr(verify, "_check_opened", killed_check)
-    with pytest.raises(DataError, match="a checking process was killed"):
+    with pytest.raises(DataError, match="a worker process was killed"):
         list(verify.verify(shards, workers=2, progress=False))
