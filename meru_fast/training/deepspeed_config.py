@@ -112,16 +112,21 @@ def _fill(block: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _fill_precision(config: dict[str, Any], settings: TrainSettings, on_gpu: bool) -> None:
-    """Autocast with fp32 weights is the default on a GPU: the learnable scalars never see 8 bits of mantissa."""
+    """Autocast with fp32 weights is the default on a GPU: the learnable scalars never see 8 bits of mantissa.
+
+    In float16 it is DeepSpeed's fp16 mode: of its loss scalers, only that one survives a step with an overflow.
+    """
     chosen = any(config.get(name, {}).get("enabled") is True for name in PRECISIONS)
-    for name in ("fp16", "bf16"):
+    wanted = settings.amp_dtype if settings.amp and on_gpu and not chosen else None
+    if wanted == "float16":
+        config.setdefault("fp16", {}).setdefault("enabled", AUTO)
+    for name, dtype in (("fp16", "float16"), ("bf16", "bfloat16")):
         if config.get(name, {}).get("enabled") == AUTO:
-            wanted = settings.amp and on_gpu and not chosen and {"fp16": "float16", "bf16": "bfloat16"}[name]
-            config[name]["enabled"] = wanted == settings.amp_dtype
-            chosen = chosen or config[name]["enabled"]
+            config[name]["enabled"] = wanted == dtype
+            wanted = None if wanted == dtype else wanted
     autocast = config.get("torch_autocast", {})
-    if autocast.get("enabled", AUTO) == AUTO and (autocast or (settings.amp and on_gpu and not chosen)):
-        config["torch_autocast"] = autocast | {"enabled": settings.amp and on_gpu and not chosen}
+    if autocast.get("enabled", AUTO) == AUTO and (autocast or wanted):
+        config["torch_autocast"] = autocast | {"enabled": wanted is not None}
     if "torch_autocast" in config:
         _fill(config["torch_autocast"], "dtype", settings.amp_dtype)
 
@@ -188,9 +193,17 @@ def _contradictions(config: dict[str, Any], settings: TrainSettings, world_size:
         yield f"{' and '.join(enabled)} are all enabled: choose one"
     if enabled and not settings.amp:
         yield f"{enabled[0]} is enabled in the JSON, but train.amp=false asks for fp32"
-    half = precision(config) in ("fp16", "autocast-float16")
-    if half and not on_gpu:
+    if "fp16" in enabled and not on_gpu:
         yield "fp16 needs a GPU: on a CPU train in fp32 or bf16"
+    if precision(config) == "autocast-float16":
+        yield (
+            "torch_autocast in float16 discards every step after its first overflow, since DeepSpeed leaves the loss "
+            "scale as it is: use fp16, or torch_autocast in bfloat16"
+        )
+    if "bf16" in enabled and config["bf16"].get("check_grad_overflow") is False:
+        yield "bf16.check_grad_overflow=false lets gradients that are not finite into the weights: remove it"
+    if config["zero_optimization"].get("compute_grad_norm") is False:
+        yield "zero_optimization.compute_grad_norm=false lets gradients that are not finite into the weights: remove it"
     if "bf16" in enabled and stage == 0:
         yield (
             "bf16 with ZeRO stage 0 trains wrongly in DeepSpeed (a zero-gradient optimiser step at the start): use "

@@ -8,6 +8,7 @@ from typing import Any
 from meru_fast.config import ConfigError
 
 POLICIES = ("raise", "skip", "rollback")
+AMP_DTYPES = ("bfloat16", "float16")
 
 
 @dataclasses.dataclass
@@ -18,7 +19,8 @@ class TrainSettings:
     #: Image-text pairs per optimiser step, over all processes and accumulation steps: the contrastive batch.
     total_batch_size: int = 2048
     num_iterations: int = 120_000
-    #: Mixed precision: `amp_dtype` autocast with fp32 weights on a GPU; a CPU trains in fp32.
+    #: Mixed precision on a GPU: autocast with fp32 weights ("bfloat16"), or DeepSpeed's fp16 mode with a loss scaler
+    #: ("float16"). A CPU trains in fp32.
     amp: bool = True
     amp_dtype: str = "bfloat16"
     #: Micro-batches per step. The loss still sees the whole batch (features are cached, towers run twice).
@@ -78,6 +80,8 @@ class TrainSettings:
         ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"train.{name}={getattr(self, name)}: must not be negative")
+        if self.amp_dtype not in AMP_DTYPES:
+            raise ConfigError(f"train.amp_dtype={self.amp_dtype}: choose one of {', '.join(AMP_DTYPES)}")
         if self.nonfinite not in POLICIES:
             raise ConfigError(f"train.nonfinite={self.nonfinite}: choose one of {', '.join(POLICIES)}")
         if self.zero_stage not in (0, 1, 2, 3):

@@ -33,6 +33,14 @@ def test_a_cpu_trains_in_fp32():
     assert deepspeed_config.precision(resolve(auto, on_gpu=False)) == "fp32"
 
 
+@pytest.mark.parametrize("given", [{}, {"fp16": {"loss_scale_window": 50}}, {"torch_autocast": {"enabled": "auto"}}])
+def test_float16_is_deepspeeds_own_mode(given):
+    config = resolve(given, amp_dtype="float16")
+    assert deepspeed_config.precision(config) == "fp16"
+    assert config["fp16"] == {"enabled": True} | given.get("fp16", {})
+    assert deepspeed_config.precision(resolve(given, amp_dtype="float16", on_gpu=False)) == "fp32"
+
+
 def test_unknown_keys_reach_deepspeed_untouched():
     given = {"comms_logger": {"enabled": True}, "zero_optimization": {"stage": 3, "sub_group_size": 7}}
     config = resolve(given)
@@ -70,6 +78,10 @@ def test_optimizer_and_scheduler_blocks_are_filled_from_the_config():
         ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, {}, "stage 1, 2 or 3"),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, {}, "needs stage 3, not 2"),
         ({"zero_optimization": {"stage": 4}}, {}, "stage=4"),
+        ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, {}, "float16 discards every step"),
+        ({"torch_autocast": {"enabled": True}}, {"amp_dtype": "float16"}, "float16 discards every step"),
+        ({"bf16": {"enabled": True, "check_grad_overflow": False}}, {}, r"bf16\.check_grad_overflow=false"),
+        ({"zero_optimization": {"compute_grad_norm": False}}, {}, r"zero_optimization\.compute_grad_norm=false"),
         ({"checkpoint": {"load_universal": True}}, {}, "load_universal"),
         ({"managed_gradient_accumulation": False}, {}, "managed_gradient_accumulation"),
         ({"zero_optimization": 2}, {}, "zero_optimization=2 should be an object"),
