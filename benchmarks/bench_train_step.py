@@ -154,7 +154,7 @@ def ours(cfg: Any, settings: TrainSettings, given: dict[str, Any], device: torch
     if settings.compile:
         model.visual.compile()
     optimizer = instantiate(cfg.optim.optimizer, model=model)
-    return Engine(model, optimizer, instantiate(cfg.optim.lr_scheduler, optimizer=optimizer), resolved)
+    return Engine(model, optimizer, lambda basic: instantiate(cfg.optim.lr_scheduler, optimizer=basic), resolved)
 
 
 class Published:

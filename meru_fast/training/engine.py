@@ -5,7 +5,7 @@ Everything that touches the inside of DeepSpeed is in this file.
 
 import datetime
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,11 +61,18 @@ class Engine:
     Args:
         model: CLIP, MERU or a model with their interface, on its device.
         optimizer: over the model's trainable parameters; left to DeepSpeed if the JSON has an "optimizer" block.
-        scheduler: stepped once per optimiser step; left to DeepSpeed if the JSON has a "scheduler" block.
+        scheduler: makes the schedule of an optimiser (which need not be `optimizer`), to be stepped once per optimiser
+            step; left to DeepSpeed if the JSON has a "scheduler" block.
         config: what ``deepspeed_config.resolve`` returned.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, config: dict[str, Any]):
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Callable[[torch.optim.Optimizer], Any],
+        config: dict[str, Any],
+    ):
         import deepspeed
         from deepspeed.checkpoint.constants import (
             UNIVERSAL_CHECKPOINT_INFO,
@@ -86,12 +93,11 @@ class Engine:
         # So every part of a step has to run inside one: self.deepspeed(part, *inputs).
         model.forward = lambda part, *inputs: part(*inputs)
         own_optimizer = None if "optimizer" in config else _host_optimizer(optimizer, config)
-        own_scheduler = None if "scheduler" in config else scheduler
         self.deepspeed, self.optimizer, _, self.scheduler = deepspeed.initialize(
             model=model,
             model_parameters=optimizer.param_groups if own_optimizer is None else None,
             optimizer=own_optimizer,
-            lr_scheduler=own_scheduler,
+            lr_scheduler=None if "scheduler" in config else scheduler,
             config=config,
         )
         if self.stage == 0 and get_world_size() == 1:

@@ -183,7 +183,6 @@ class Run:
         self.cfg, self.settings, self.output_dir = cfg, settings, output_dir
         model = build_model(cfg, settings, device)
         optimizer = instantiate(cfg.optim.optimizer, model=model)
-        scheduler = instantiate(cfg.optim.lr_scheduler, optimizer=optimizer)
         self.loader = instantiate(
             cfg.dataset,
             batch_size=settings.total_batch_size,
@@ -193,7 +192,9 @@ class Run:
             seed=settings.seed,
             device=device,
         )
-        self.engine = Engine(model, optimizer, scheduler, ds_config)
+        self.engine = Engine(
+            model, optimizer, lambda basic: instantiate(cfg.optim.lr_scheduler, optimizer=basic), ds_config
+        )
         seed(settings.seed + 1 + get_rank())  # all ranks built the same model; from here on each draws its own
         self.average = WeightAverage(self.engine, settings.ema_decay) if settings.ema_decay else None
         self.checkpoints = Checkpoints(
@@ -364,7 +365,7 @@ class Run:
     def _discarded_step(self, result: StepResult, batch: Any) -> bool:
         """A step that was not applied; returns whether the run went back to a checkpoint."""
         fault = describe_fault(result)
-        scaling = self.engine.precision in ("fp16", "autocast-float16") and bool(result.finite.min() > 0)
+        scaling = self.engine.precision == "fp16" and bool(result.finite.min() > 0)
         if scaling:  # the loss scaler probing its limit, as fp16 always does
             return False
         path = dump_fault(self.output_dir / "faults", self.step, fault, result, batch.keys, batch.images, batch.tokens)

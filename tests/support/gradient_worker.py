@@ -4,6 +4,7 @@ Rank 0 writes to OUT, for every case, the gradients that all ranks together hand
 """
 
 import sys
+from functools import partial
 
 import torch
 from training_runs import TINY
@@ -43,7 +44,7 @@ def engine(stage: int, accumulation: int, lr: float = 1e-3) -> Engine:
     settings = TrainSettings(total_batch_size=BATCH, zero_stage=stage, accumulation_steps=accumulation)
     model = build()
     optimizer = build_optimizer(model, lr=lr)
-    schedule = LinearWarmupCosineDecayLR(optimizer, total_steps=10, warmup_steps=1)
+    schedule = partial(LinearWarmupCosineDecayLR, total_steps=10, warmup_steps=1)
     return Engine(model, optimizer, schedule, deepspeed_config.resolve({}, settings, get_world_size(), on_gpu=False))
 
 
