@@ -1,4 +1,5 @@
 import importlib.util
+import multiprocessing
 import os
 import pickle
 import signal
@@ -322,6 +323,26 @@ def test_a_shard_that_shrinks_during_the_run_is_survived(tmp_path):
     batches = take(loader, 5)
     assert all(len(batch.keys) == 10 for batch in batches)
     assert any("shrank since it was indexed" in reason for reason in loader.report()["reasons"])
+
+
+@pytest.mark.parametrize("decoder", ["pil", "dali"])
+def test_closing_ends_processes_and_threads(shards, decoder):
+    def threads():
+        return len(os.listdir("/proc/self/task"))
+
+    take(build_loader(shards, batch_size=24, num_workers=2, decoder=decoder, **SMALL), 1)  # what libraries start once
+    time.sleep(1)
+    before = threads()
+    for _ in range(2):
+        loader = build_loader(shards, batch_size=24, num_workers=2, decoder=decoder, **SMALL)
+        next(iter(loader))  # another batch is under way
+        assert threads() > before
+        loader.close()
+        assert not multiprocessing.active_children()
+        deadline = time.monotonic() + 120
+        while threads() > before:  # a thread that was joined is still seen for a moment
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
