@@ -298,7 +298,7 @@ class Checkpoints:
         self.pending: int | None = None
         self.last_saved: int | None = None
         self.writer = make_writer(asynchronous)
-        engine.deepspeed.checkpoint_engine = self.writer
+        engine.save_through(self.writer)
         if is_main_process():
             self.root.mkdir(parents=True, exist_ok=True)
             for left_over in self._hidden():
@@ -401,7 +401,10 @@ class Checkpoints:
         folders = sorted(newest_first(self.root), key=step_of, reverse=True)
         for folder in folders[self.keep :] if self.keep else []:
             if not (self.keep_period and step_of(folder) % self.keep_period == 0):
-                self._remove(folder)
+                try:
+                    self._remove(folder)
+                except OSError as error:
+                    log.warning("the old checkpoint %s could not be removed, training goes on: %s", folder.name, error)
 
     def _remove(self, folder: Path) -> None:
         doomed = self.root / f"{REMOVING}{folder.name}"

@@ -293,6 +293,23 @@ class Engine:
 
         return deepspeed.zero.GatheredParameters(list(self.model.parameters(recurse=False)))
 
+    def save_through(self, writer: Any) -> None:
+        """Let DeepSpeed save through `writer`, a checkpoint engine that keeps its failures in ``error``.
+
+        So it does with those of the scripts that DeepSpeed copies into a checkpoint by itself: raised on one rank, they
+        would leave the others waiting.
+        """
+        copy_scripts = self.deepspeed._copy_recovery_script
+
+        def copy_if_possible(folder: str) -> None:
+            try:
+                copy_scripts(folder)
+            except OSError as error:
+                writer.error = writer.error or str(error)
+
+        self.deepspeed.checkpoint_engine = writer
+        self.deepspeed._copy_recovery_script = copy_if_possible
+
     @contextmanager
     def loading_universal(self) -> Iterator[None]:
         """While ``load_checkpoint`` of DeepSpeed gets a universal checkpoint."""

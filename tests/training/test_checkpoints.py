@@ -167,10 +167,12 @@ def test_saving_by_minutes(tmp_path):
     assert len(list((tmp_path / "checkpoints").glob("step_*"))) == 3  # kept; without the minutes there would be one
 
 
-def test_a_full_disk_warns_and_the_run_goes_on(tmp_path):
-    """Files may not grow beyond 1 MB, as if the disk ended there: the system fails a write in its midst."""
+@pytest.mark.parametrize("limit", [1_000_000, 20_000])
+def test_a_full_disk_warns_and_the_run_goes_on(tmp_path, limit):
+    """Files may not grow beyond the limit, as if the disk ended there: the system fails a write in its midst. The
+    lower limit fails the scripts that DeepSpeed adds as well."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
         assert run_here(tmp_path) == 0
     finally:
@@ -178,6 +180,14 @@ def test_a_full_disk_warns_and_the_run_goes_on(tmp_path):
     assert len(history(tmp_path)) == 8
     assert "could not be saved, training goes on" in (tmp_path / "logs" / "rank0.log").read_text()
     assert not list((tmp_path / "checkpoints").glob("*step_*"))
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_costs_a_warning(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / ".removing_step_00000004").write_text("in the way")
+    assert run_here(tmp_path, "train.keep_checkpoints=1") == 0
+    assert "step_00000004 could not be removed, training goes on" in (tmp_path / "logs" / "rank0.log").read_text()
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000008"
 
 
 def test_weights_of_a_run_load_into_a_model(finished):
