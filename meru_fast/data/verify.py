@@ -3,6 +3,7 @@
 import argparse
 import csv
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice, repeat
@@ -15,6 +16,7 @@ from meru_fast.data.index import ShardSet, open_shards
 from meru_fast.data.pool import process_pool
 from meru_fast.data.samples import ShardSamples
 from meru_fast.data.transforms import Window
+from meru_fast.files import whole
 from meru_fast.progress import progress_bar
 
 CHUNK = 256  # samples that a process checks at a time
@@ -99,19 +101,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     reasons: Counter[str] = Counter()
     try:
+        if args.output:  # that there is no place for the list is to be known now, not after hours
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=args.output.parent).close()
         found = open_shards(args.shards, workers=args.workers, progress=not args.quiet)
         defects = []
         for defect in verify(found, workers=args.workers, progress=not args.quiet):
             defects.append(defect)
             reasons[defect.reason.split(":")[0]] += 1
-    except DataError as error:
+    except (DataError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     if not args.quiet:
         for defect in defects:
             print(f"{defect.shard}\t{defect.key or '(shard)'}\t{defect.reason}")
     if args.output:
-        with open(args.output, "w", newline="") as file:
+        with whole(args.output) as partial, partial.open("w", newline="") as file:
             csv.writer(file).writerows([Defect._fields, *defects])
     print(f"{len(found):,} samples in {len(found.paths):,} shards, {len(defects):,} bad")
     for reason, count in reasons.most_common():

@@ -56,6 +56,19 @@ def test_command(shards, capsys):
     assert stop.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--output", "{}/empty.tar/bad.csv"], "empty.tar"), (["--workers", "-1"], "max_workers must be greater than 0")],
+)
+def test_bad_options_are_one_error_before_the_work(shards, capsys, options, message):
+    with pytest.raises(SystemExit) as stop:
+        verify.main([str(shards), *(option.format(shards) for option in options)])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+
+
 def test_nothing_there(tmp_path):
     with pytest.raises(DataError, match="no shards"):
         list(verify.verify(tmp_path))
