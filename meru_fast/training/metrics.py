@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from meru_fast.config import ConfigError
-
 log = logging.getLogger(__name__)
 
 #: Columns of metrics.csv that every run has; what the model logs beyond them follows.
@@ -146,10 +144,7 @@ class Metrics:
 
 
 def _start_wandb(project: str, output_dir: Path, config: Any) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise ConfigError(f"train.wandb={project}: the wandb package is not installed (pip install wandb)") from error
+    import wandb
     from omegaconf import OmegaConf
 
     identity = output_dir / "wandb_id"  # a resumed run goes on in the same curves

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
@@ -88,6 +89,8 @@ class TrainSettings:
             raise ConfigError(f"train.zero_stage={self.zero_stage}: ZeRO has the stages 0, 1, 2 and 3")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"train.ema_decay={self.ema_decay}: must be in [0, 1)")
+        if self.wandb and importlib.util.find_spec("wandb") is None:
+            raise ConfigError(f"train.wandb={self.wandb}: the wandb package is not installed (pip install wandb)")
         if self.eval_period and not self.eval_config:
             raise ConfigError(f"train.eval_period={self.eval_period}: train.eval_config names no evaluation config")
 

@@ -69,10 +69,12 @@ class Watchdog:
             f"no progress for {idle:.0f} s while {self._doing} (train.watchdog_seconds={self.seconds:g}): "
             f"stacks of all threads follow and in {self.stacks}; this process ends with status {EXIT_STATUS}"
         )
-        log.critical(message)
-        faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
-        with self.stacks.open("a", encoding="utf-8") as file:
-            file.write(message + "\n")
-            file.flush()
-            faulthandler.dump_traceback(file=file, all_threads=True)
-        os._exit(EXIT_STATUS)
+        try:
+            log.critical(message)
+            faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
+            with self.stacks.open("a", encoding="utf-8") as file:
+                file.write(message + "\n")
+                file.flush()
+                faulthandler.dump_traceback(file=file, all_threads=True)
+        finally:  # also if the disk is full
+            os._exit(EXIT_STATUS)

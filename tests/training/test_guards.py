@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import gradient_worker
 import pytest
@@ -85,6 +87,18 @@ def test_a_hung_loader_is_killed_with_its_stack(tmp_path):
     assert "waiting for the data of step 5" in output
     assert "wait_for_a_disk_that_is_gone" in output
     assert "wait_for_a_disk_that_is_gone" in (tmp_path / "logs" / "stacks_rank0.txt").read_text()
+
+
+def test_a_hung_process_ends_though_its_stacks_cannot_be_written(tmp_path):
+    code = f"""
+import pathlib, time
+from meru_fast.training.watchdog import Watchdog
+with Watchdog(0.2, pathlib.Path({str(tmp_path)!r})):  # a folder, which cannot be opened as a file
+    time.sleep(200)
+"""
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=150)
+    assert finished.returncode == 86, finished.stderr
+    assert 'File "<string>", line 5' in finished.stderr
 
 
 @pytest.mark.slow

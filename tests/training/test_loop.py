@@ -2,6 +2,7 @@
 
 import csv
 import math
+import sys
 
 import gradient_worker
 import pytest
@@ -172,6 +173,13 @@ def test_scalars_stay_within_their_bounds_on_every_copy(stage):
     assert abs(float(found["curv"])) == pytest.approx(math.log(10))
     assert float(found["visual_alpha"]) <= 0
     assert float(found["logit_scale"]) <= math.log(100) + 1e-6
+
+
+def test_a_missing_wandb_is_reported_before_anything_is_built(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # how Python notes that a package cannot be imported
+    with pytest.raises(ConfigError, match=r"train\.wandb=meru: the wandb package is not installed"):
+        run_here(tmp_path / "run", "train.wandb=meru")
+    assert not (tmp_path / "run").exists()
 
 
 def test_deepspeeds_own_optimizer_and_schedule(tmp_path):
