@@ -105,7 +105,7 @@ class Loader:
         """
         expected = self._identity()
         for name in ("step", *expected):
-            if not isinstance(state.get(name), int) or state["step"] < 0:
+            if not isinstance(state.get(name), int) or not 0 <= state["step"] < 2**62:
                 raise DataError(f"the state of the data loader has no valid {name!r}: {dict(state)}")
         for name, ours in expected.items():
             if state[name] != ours:
@@ -243,8 +243,8 @@ def build_loader(
         DataError: shards that cannot be indexed (see `meru_fast.data.index.open_shards`), fewer samples than a batch,
             or DALI asked for and not installed.
         ValueError: a rank outside its world, a batch size that the ranks cannot share equally, an unknown decoder,
-            weights that are negative or give a set no sample, a window smaller than a block, or another argument out
-            of its range.
+            weights that are negative or give a set no sample, a window smaller than a block, a GPU that is not there,
+            or another argument out of its range.
     """
     if decoder not in DECODERS:
         raise ValueError(f"unknown decoder {decoder!r}; choose one of {', '.join(DECODERS)}")
@@ -252,16 +252,23 @@ def build_loader(
         raise ValueError(f"rank must be from 0 to world_size - 1, got rank {rank} of world_size {world_size}")
     if batch_size < 1 or batch_size % world_size:
         raise ValueError(f"global batch size {batch_size} cannot be shared equally by {world_size} ranks")
-    for name, value, least in (
-        ("num_workers", num_workers, 0),
-        ("image_size", image_size, 1),
-        ("seed", seed, -(2**63)),
+    for name, value, least, most in (
+        ("num_workers", num_workers, 0, 1024),
+        ("image_size", image_size, 1, 2**14),
+        ("seed", seed, -(2**63), 2**63 - 1),
+        ("context_length", context_length, 2, 2**16),
+        ("num_samples", num_samples, 1, 2**40),
+        ("prefix_probability", prefix_probability, 0, 1),
+        ("max_bad_fraction", max_bad_fraction, 0, 1),
+        ("timeout", timeout, 1, float("inf")),
     ):
-        if not least <= value < 2**63:
-            raise ValueError(f"{name} must be from {least} to 2**63 - 1, got {value}")
-    if not 0 <= max_bad_fraction <= 1:
-        raise ValueError(f"max_bad_fraction must be from 0 to 1, got {max_bad_fraction}")
+        if not least <= value <= most:
+            raise ValueError(f"{name} must be from {least} to {most}, got {value}")
+    if len(crop_scale) != 2 or not 0 < crop_scale[0] <= crop_scale[1]:
+        raise ValueError(f"crop_scale must be two positive numbers, the smaller one first, got {crop_scale}")
     device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {str(device)!r}, but no GPU is there: use device='cpu'")
     sources = _sources(shards, num_samples, show_progress=rank == 0)
     mixture = []
     for number, (samples, quota) in enumerate(zip(*_quotas(sources, batch_size), strict=True)):
@@ -308,6 +315,8 @@ def _sources(shards, num_samples: int, show_progress: bool) -> list[tuple[Sample
     """Sample sets with their weights; a set without one weighs what it holds."""
     if isinstance(shards, str) and shards == "synthetic":
         return [(SyntheticSamples(num_samples), None)]
+    if not isinstance(shards, (str, os.PathLike, Mapping, Sequence)):
+        raise ValueError(f"shards must be a folder, a pattern, a mapping or a list of these, got {shards!r}")
     parts = [shards] if isinstance(shards, (str, os.PathLike, Mapping)) else list(shards)
     weighted = [part for part in parts if isinstance(part, Mapping)]
     if not weighted:
@@ -321,6 +330,8 @@ def _sources(shards, num_samples: int, show_progress: bool) -> list[tuple[Sample
     for part in weighted:
         if unknown := set(part) - {"shards", "weight"}:
             raise ValueError(f"shards: unknown key {sorted(unknown)[0]!r} in {dict(part)}; known: shards, weight")
+        if "shards" not in part:
+            raise ValueError(f"shards: no key 'shards' in {dict(part)}")
         sources += [(s, part.get("weight")) for s, _ in _sources(part["shards"], num_samples, show_progress)]
     return sources
 
@@ -328,7 +339,7 @@ def _sources(shards, num_samples: int, show_progress: bool) -> list[tuple[Sample
 def _quotas(sources: Sequence[tuple[Samples, float | None]], batch_size: int) -> tuple[list[Samples], list[int]]:
     """Samples of each set in every global batch: the weights' shares, by largest remainder."""
     weights = [len(samples) if weight is None else float(weight) for samples, weight in sources]
-    if min(weights) < 0 or not sum(weights):
+    if not (min(weights) >= 0 and 0 < sum(weights) < float("inf")):
         raise ValueError(f"weights of shard sets must be positive, got {weights}")
     shares = [batch_size * weight / sum(weights) for weight in weights]
     quotas = [int(share) for share in shares]

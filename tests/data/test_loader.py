@@ -146,7 +146,8 @@ def test_foreign_state_is_refused_with_the_reason(shards, tmp_path):
         build_loader(tmp_path, batch_size=24, num_workers=0, **SMALL).load_state_dict(state)
     with pytest.raises(DataError, match=r"fingerprint was .* block and window"):
         build_loader(shards, batch_size=24, num_workers=0, **{**SMALL, "block": 5}).load_state_dict(state)
-    for damage, name in [({"step": -1}, "step"), ({"step": "3"}, "step"), ({"seed": None}, "seed")]:
+    for damage in ({"step": -1}, {"step": 2**64}, {"step": "3"}, {"seed": 0.5}):
+        (name,) = damage
         with pytest.raises(DataError, match=f"no valid '{name}'"):
             build_loader(shards, batch_size=24, num_workers=0, **SMALL).load_state_dict({**state, **damage})
     with pytest.raises(DataError, match="no valid 'step'"):
@@ -508,6 +509,16 @@ def test_remote_shards_give_the_same_batches(shards, tmp_path, monkeypatch):
         ({"batch_size": 24, "world_size": 0}, "got rank 0 of world_size 0"),
         ({"batch_size": 24, "num_workers": -1}, "num_workers must be from 0 .*got -1"),
         ({"batch_size": 24, "image_size": 0}, "image_size must be from 1 .*got 0"),
+        ({"batch_size": 24, "context_length": 1}, "context_length must be from 2 .*got 1"),
+        ({"batch_size": 24, "prefix_probability": 50}, "prefix_probability must be from 0 to 1, got 50"),
+        ({"batch_size": 24, "crop_scale": (0.9, 0.1)}, r"crop_scale must be .*got \(0.9, 0.1\)"),
+        ({"batch_size": 24, "crop_scale": [0.5]}, r"crop_scale must be two .*got \[0.5\]"),
+        ({"batch_size": 24, "timeout": 0}, "timeout must be from 1 .*got 0"),
+        ({"batch_size": 4, "shards": "synthetic", "num_samples": 0}, "num_samples must be from 1 .*got 0"),
+        ({"batch_size": 24, "shards": None}, "shards must be a folder.*got None"),
+        ({"batch_size": 24, "shards": []}, "no shards match ''"),
+        ({"batch_size": 24, "shards": [{"weight": 1}]}, "no key 'shards'"),
+        ({"batch_size": 4, "shards": {"shards": "synthetic", "weight": float("nan")}}, "weights .*nan"),
         ({"batch_size": 24, "seed": 2**64}, "seed must be from .*got 18446744073709551616"),
         ({"batch_size": 24, "max_bad_fraction": -0.1}, "max_bad_fraction must be from 0 to 1, got -0.1"),
         ({"batch_size": 24, "max_bad_fraction": 5}, "max_bad_fraction must be from 0 to 1, got 5"),
@@ -531,6 +542,12 @@ def test_an_empty_folder_and_empty_shards(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"")
     with pytest.raises(DataError, match=r"no samples in .*a\.tar$"):
         build_loader(tmp_path, batch_size=4, num_workers=0, **SMALL)
+
+
+def test_a_gpu_that_is_not_there_is_one_error(shards, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device 'cuda:1', but no GPU is there"):
+        build_loader(shards, batch_size=24, device="cuda:1", **SMALL)
 
 
 def test_dali_that_is_not_installed_is_one_error(shards, monkeypatch):
