@@ -1,6 +1,7 @@
 """The command `meru-fast`: help, errors, and the commands that live nowhere else."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -138,14 +139,22 @@ def test_datasets_are_listed_with_their_state(tmp_path, capsys):
     assert [row["name"] for row in rows] == list(catalog.ENTRIES)
     assert len(rows) == 22
     assert {row["state"] for row in rows} == {"missing"}
-    assert cli.main(["datasets", "--data-dir", str(tmp_path)]) == 0
+    assert cli.main(["datasets", "--brief", "--data-dir", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert f"missing     classification  split as published  {tmp_path}/cifar10" in text
-    assert "0 of 22 present" in text
+    assert f"0 of 22 present in {tmp_path}" in text
+    (tmp_path / "mnist" / "MNIST" / "raw").mkdir(parents=True)
+    (tmp_path / "mnist" / "MNIST" / "raw" / "t10k-images-idx3-ubyte").touch()
+    assert cli.main(["datasets", "--data-dir", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    for title in ("state", "looked for", "split", "licence", "how to get it"):
+        assert len(re.findall(rf"^  {title}  +\S", text, re.MULTILINE)) == 22
+    assert "incomplete, original layout" in text
+    assert "differs, because the published images were" in text
     assert cli.main(["datasets", "flickr30k", "--data-dir", str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    for title in ("licence", "looked for in", "how to get it", "homepage"):
-        assert title in text
+    assert text.startswith("flickr30k: ")
+    assert "flickr30k_images" in text
     assert cli.main(["datasets", "imagenette"]) == 2
     assert "unknown dataset 'imagenette'; known: imagenet," in capsys.readouterr().err
     assert cli.main(["datasets", "--download"]) == 2

@@ -3,11 +3,14 @@
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 
 from meru_fast.evaluation import catalog
 from meru_fast.evaluation.protocol import DatasetError
+
+WIDTH = 100
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,15 +19,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="meru-fast datasets",
         description="The datasets of the evaluation: whether and where they are, how to get them, terms.",
         epilog="examples:\n"
-        "  meru-fast datasets                                all of them, a line each\n"
-        "  meru-fast datasets --details                      with licence, missing files and how to get them\n"
-        "  meru-fast datasets cifar10 food101                more about two\n"
+        "  meru-fast datasets                                all that is known about all of them\n"
+        "  meru-fast datasets cifar10 food101                about two\n"
+        "  meru-fast datasets --brief                        a line each\n"
         "  meru-fast datasets --download cifar10             fetch one (goes on where it stopped)\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="datasets to show in detail, or to download")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="datasets to show or download (default: show all)")
     parser.add_argument("--data-dir", default="datasets/eval", help="where they lie, each in its folder (%(default)s)")
-    parser.add_argument("--details", action="store_true", help="all that is known about each")
+    parser.add_argument("--brief", action="store_true", help="a line each")
     parser.add_argument("--download", action="store_true", help="fetch the named datasets")
     parser.add_argument("--json", action="store_true", help="for machines")
     args = parser.parse_args(argv)
@@ -38,11 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = [found for found in catalog.list_datasets(args.data_dir) if not args.names or found.name in args.names]
     if args.json:
         print(json.dumps([asdict(status) for status in chosen], indent=2, default=str))
-    elif args.names or args.details:
-        for status in chosen:
-            _print_details(status)
     else:
-        _print_lines(chosen)
+        for status in chosen:
+            (_print_line if args.brief else _print_details)(status)
+        present = sum(status.state == "present" for status in chosen)
+        print(f"{present} of {len(chosen)} present in {args.data_dir}")
     return 0
 
 
@@ -59,24 +62,25 @@ def _download(names: Sequence[str], data_dir: str) -> int:
     return failed
 
 
-def _print_lines(chosen: Sequence[catalog.Status]) -> None:
-    for status in chosen:
-        split = "as published" if status.provenance == catalog.AS_PUBLISHED else "differs"
-        print(f"{status.name:<12} {status.state:<11} {status.task:<15} split {split:<13} {status.root}")
-    present = sum(status.state == "present" for status in chosen)
-    print(f"{present} of {len(chosen)} present; --details tells how to get the others")
+def _print_line(status: catalog.Status) -> None:
+    split = "as published" if status.provenance == catalog.AS_PUBLISHED else "differs"
+    print(f"{status.name:<12} {status.state:<11} {status.task:<15} split {split:<13} {status.root}")
 
 
 def _print_details(status: catalog.Status) -> None:
-    print(f"{status.name}: {status.title}")
+    missing = [str(path.relative_to(status.root)) for path in status.missing]
+    print(f"{status.name}: {status.title}, {status.task}")
     for title, text in (
-        ("state", f"{status.state} ({status.layout} layout)"),
-        ("looked for in", status.root),
-        ("missing", ", ".join(map(str, status.missing)) or "nothing"),
-        ("task", status.task),
+        ("state", status.state if status.state == "missing" else f"{status.state}, {status.layout} layout"),
+        ("looked for", f"{status.root}: {_some(missing)}" if missing else str(status.root)),
         ("split", status.provenance),
         ("licence", status.licence),
-        ("homepage", status.homepage),
         ("how to get it", status.how),
     ):
-        print(f"  {title:<14} {text}")
+        wrapper = textwrap.TextWrapper(WIDTH, subsequent_indent=17 * " ", break_on_hyphens=False, break_long_words=False)
+        print(wrapper.fill(f"  {title:<15}{text}"))
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
