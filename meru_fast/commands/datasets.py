@@ -77,8 +77,8 @@ def _print_details(status: catalog.Status) -> None:
         ("licence", status.licence),
         ("how to get it", status.how),
     ):
-        wrapper = textwrap.TextWrapper(WIDTH, subsequent_indent=17 * " ", break_on_hyphens=False, break_long_words=False)
-        print(wrapper.fill(f"  {title:<15}{text}"))
+        lines = textwrap.wrap(text, WIDTH - 17, break_on_hyphens=False, break_long_words=False)
+        print(f"  {title:<15}" + f"\n{'':17}".join(lines))
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:
