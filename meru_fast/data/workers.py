@@ -197,8 +197,8 @@ def _work(
     for end in inherited:  # else a worker that waits to send never learns that the parent is gone
         end.close()
     # Ctrl-C and the scheduler's warning are the trainer's to handle: it still wants batches for its last steps.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
     def on_sample(step: int, source: int, sample: int) -> None:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -167,10 +167,13 @@ class Place:
         if srun and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
             # Ports of one job's steps must agree and of different jobs differ: derive it from the job.
             job = int(env.get("SLURM_JOB_ID", "0"))
+            # With --gpus-per-task every task sees its own GPUs only, and counts them from 0.
+            visible = len([name for name in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if name])
+            local_rank = int(env.get("SLURM_LOCALID", "0"))
             return cls(
                 int(env["SLURM_PROCID"]),
                 int(env["SLURM_NTASKS"]),
-                int(env.get("SLURM_LOCALID", "0")),
+                local_rank % visible if visible else local_rank,
                 int(re.split(r"\D", env.get("SLURM_NTASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "1")))[0]),
                 env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))),
                 int(env.get("MASTER_PORT", 10_000 + job % 50_000)),
@@ -222,8 +225,10 @@ def start_processes(args: argparse.Namespace, argv: list[str]) -> int:
     The launcher stops all processes when one of them fails, and hands SIGTERM on to them.
 
     Raises:
-        ConfigError: several machines without a usable ``--dist-url``.
+        ConfigError: several machines without a usable ``--dist-url``, or more processes than GPUs.
     """
+    import torch
+
     per_machine = args.num_gpus or 1
     if args.num_machines > 1:
         address = re.fullmatch(r"tcp://([^:]+):(\d+)", args.dist_url or "")
@@ -234,7 +239,8 @@ def start_processes(args: argparse.Namespace, argv: list[str]) -> int:
         host, port = address.group(1), int(address.group(2))
     else:
         host, port = "127.0.0.1", free_port()
-    machines = {f"machine{index}": list(range(per_machine)) for index in range(args.num_machines)}
+    gpus = device_ids(per_machine, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    machines = {f"machine{index}": gpus for index in range(args.num_machines)}
     world_info = base64.urlsafe_b64encode(json.dumps(machines).encode()).decode()
     command = [
         *(sys.executable, "-u", "-m", "deepspeed.launcher.launch", "--log_level=warning"),
@@ -243,8 +249,7 @@ def start_processes(args: argparse.Namespace, argv: list[str]) -> int:
         *("--module", "meru_fast.training", *argv),
     ]
     logging.getLogger(__name__).debug("starting %s", command)
-    launcher = subprocess.Popen(command)
-    with forwarded_signals(launcher):
+    with started(command) as launcher:
         while True:
             try:
                 return launcher.wait()
@@ -252,16 +257,54 @@ def start_processes(args: argparse.Namespace, argv: list[str]) -> int:
                 continue
 
 
+def device_ids(processes: int, gpus: int, visible: str | None) -> list[int | str]:
+    """What each process gets as its CUDA_VISIBLE_DEVICES.
+
+    Args:
+        processes: on this machine.
+        gpus: that torch sees here; 0 means a run on the CPU.
+        visible: CUDA_VISIBLE_DEVICES of this process.
+
+    Raises:
+        ConfigError: more processes than GPUs.
+    """
+    if gpus == 0:
+        return [-1] * processes  # CUDA's word for none: what is hidden stays hidden
+    if processes > gpus:
+        from meru_fast.config import ConfigError
+
+        allowed = f" (CUDA_VISIBLE_DEVICES={visible})" if visible else ""
+        raise ConfigError(f"--num-gpus {processes}: there are {gpus} here{allowed}")
+    names: list[int | str] = [name.strip() for name in visible.split(",")] if visible else list(range(gpus))
+    return names[:processes]
+
+
 @contextmanager
-def forwarded_signals(child: subprocess.Popen) -> Iterator[None]:
-    """SIGTERM to this process reaches the child."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
+def started(command: list[str]) -> Iterator[subprocess.Popen]:
+    """`command` as a child. SIGTERM to this process reaches it, SIGUSR1 the ranks that it starts.
+
+    DeepSpeed's launcher would die of SIGUSR1, and so would ranks that are not listening yet: they inherit ignoring it.
+    """
+    import psutil
+
+    if threading.current_thread() is not threading.main_thread():  # signals only reach that one
+        yield subprocess.Popen(command)
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: child.send_signal(signal.SIGTERM))
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    child = subprocess.Popen(command)
+
+    def to_ranks(number: int, frame: Any) -> None:
+        with suppress(psutil.NoSuchProcess):
+            for rank in psutil.Process(child.pid).children():
+                rank.send_signal(number)
+
+    signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))
+    signal.signal(signal.SIGUSR1, to_ranks)
     try:
-        yield
+        yield child
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         if child.poll() is None:
             child.terminate()

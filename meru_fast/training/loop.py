@@ -78,7 +78,6 @@ def train(
         if is_main_process():
             configs.save(cfg, output_dir / "config.yaml")
             (output_dir / "environment.txt").write_text(report.environment(resolved), encoding="utf-8")
-            write_pid(output_dir)
         run = Run(cfg, settings, resolved, output_dir, device)
         try:
             if checkpoint is not None:
@@ -252,6 +251,8 @@ class Run:
         self.watchdog = Watchdog(self.settings.watchdog_seconds, stacks)
         try:
             with self.requests.listening(), self.watchdog:
+                if is_main_process():
+                    write_pid(self.output_dir)
                 return self._steps()
         finally:
             if is_main_process():

@@ -9,6 +9,7 @@ import time
 import pytest
 from training_runs import ROOT, TINY, environment, metrics, run, start, wait_for_step
 
+from meru_fast.config import ConfigError
 from meru_fast.training import launch
 
 
@@ -51,6 +52,29 @@ def test_place_from_torchrun_and_slurm():
     }
     assert launch.Place.from_environment(slurm) == launch.Place(5, 8, 1, 4, "gpu07", 11_234)
     assert launch.Place.from_environment(slurm, srun=False) is None  # --num-gpus in a batch script
+    one_gpu_each = slurm | {"CUDA_VISIBLE_DEVICES": "3"}
+    assert launch.Place.from_environment(one_gpu_each) == launch.Place(5, 8, 0, 4, "gpu07", 11_234)
+    all_gpus_each = slurm | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}
+    assert launch.Place.from_environment(all_gpus_each) == launch.Place(5, 8, 1, 4, "gpu07", 11_234)
+
+
+@pytest.mark.parametrize(
+    ("processes", "gpus", "visible", "ids"),
+    [
+        (2, 4, None, [0, 1]),
+        (2, 3, "2, 5,7", ["2", "5"]),
+        (1, 1, "GPU-8932f937", ["GPU-8932f937"]),
+        (2, 0, None, [-1, -1]),
+        (2, 0, "", [-1, -1]),
+    ],
+)
+def test_processes_get_the_gpus_that_are_visible(processes, gpus, visible, ids):
+    assert launch.device_ids(processes, gpus, visible) == ids
+
+
+def test_more_processes_than_gpus_is_an_error():
+    with pytest.raises(ConfigError, match=r"--num-gpus 4: there are 2 here \(CUDA_VISIBLE_DEVICES=1,3\)"):
+        launch.device_ids(4, 2, "1,3")
 
 
 @pytest.mark.parametrize(
@@ -69,11 +93,13 @@ def test_help_teaches(capsys):
         assert word in text
 
 
-def test_sigusr1_saves_and_sigterm_saves_and_stops(tmp_path):
-    """Through our own start of the processes and DeepSpeed's launcher, down to two ranks that agree on the step."""
+@pytest.mark.parametrize("by", ["command", "pid"])
+def test_sigusr1_saves_and_sigterm_saves_and_stops(tmp_path, by):
+    """To the command or to rank 0: through our own start of the processes and DeepSpeed's launcher, down to two ranks
+    that agree on the step."""
     running = start(tmp_path, "train.num_iterations=100000", "train.checkpoint_period=100000", processes=2)
     wait_for_step(running, tmp_path, 2)
-    os.kill(int((tmp_path / "pid").read_text()), signal.SIGUSR1)
+    os.kill(running.pid if by == "command" else int((tmp_path / "pid").read_text()), signal.SIGUSR1)
     deadline = time.monotonic() + 240
     while not list((tmp_path / "checkpoints").glob("step_*")):
         assert time.monotonic() < deadline, "SIGUSR1 saved nothing"
