@@ -6,7 +6,8 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def setup_logging(output_dir: Path, rank: int) -> logging.Handler:
 
     folder = output_dir / "logs"
     folder.mkdir(parents=True, exist_ok=True)
-    file = logging.FileHandler(folder / f"rank{rank}.log", encoding="utf-8")
+    file = _LogFile(folder / f"rank{rank}.log", encoding="utf-8")
     file.setLevel(logging.DEBUG)
     file.setFormatter(logging.Formatter(f"%(asctime)s rank{rank} %(levelname)s %(message)s"))
     ours = logging.getLogger("meru_fast")
@@ -42,9 +43,17 @@ def setup_logging(output_dir: Path, rank: int) -> logging.Handler:
     return file
 
 
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        """A full disk costs lines of the file, not a traceback on the terminal for each of them."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def close_logging() -> None:
     for handler in list(logging.getLogger("meru_fast").handlers):
-        handler.close()
+        with suppress(OSError):  # what a full disk left unwritten
+            handler.close()
     logging.getLogger("meru_fast").handlers = []
     logging.getLogger("meru_fast").propagate = True
 
@@ -63,8 +72,8 @@ class CsvLog:
             with self.path.open(newline="", encoding="utf-8") as file:
                 reader = csv.DictReader(file)
                 rows = [row for row in reader if (row.get("step") or "").isdigit() and int(row["step"]) <= step]
-                self.columns = list(reader.fieldnames or [])
-            self._rewrite(rows)
+                columns = list(reader.fieldnames or [])
+            self._rewrite(rows, columns)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append `row`; a column that is new rewrites the file once."""
@@ -74,19 +83,24 @@ class CsvLog:
             if self.path.is_file():
                 with self.path.open(newline="", encoding="utf-8") as file:
                     rows = list(csv.DictReader(file))
-            self.columns += new
-            self._rewrite(rows)
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self.columns, restval="").writerow(row)
+            self._rewrite(rows, self.columns + new)
+        size = self.path.stat().st_size
+        try:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self.columns, restval="").writerow(row)
+        except OSError:
+            os.truncate(self.path, size)  # not half a row, which the next one would continue
+            raise
 
-    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+    def _rewrite(self, rows: list[dict[str, Any]], columns: list[str]) -> None:
         partial = self.path.with_name(f".{self.path.name}")
         with partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.columns, restval="", extrasaction="ignore")
-            if self.columns:
+            writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
+            if columns:
                 writer.writeheader()
             writer.writerows(rows)
         os.replace(partial, self.path)
+        self.columns = columns
 
 
 class Metrics:
@@ -101,6 +115,7 @@ class Metrics:
 
     def __init__(self, output_dir: Path, resumed_at: int, wandb_project: str | None = None, config: Any = None):
         self.output_dir = output_dir
+        self.warned = False
         self.steps = CsvLog(output_dir / "metrics.csv", resumed_at)
         self.evaluations = CsvLog(output_dir / "evaluation.csv", resumed_at)
         self.tensorboard = self._tensorboard(resumed_at)
@@ -123,22 +138,36 @@ class Metrics:
         first = [key for key in COLUMNS if key in row]
         last = [key for key in SPEED if key in row]
         middle = [key for key in row if key not in first and key not in last]
-        self.steps.write({key: row[key] for key in (*first, *middle, *last)})
+        with self._tolerant():
+            self.steps.write({key: row[key] for key in (*first, *middle, *last)})
         self._others({f"train/{key}": value for key, value in row.items() if key != "step"}, row["step"])
 
     def log_evaluation(self, step: int, results: Mapping[str, float]) -> None:
-        self.evaluations.write({"step": step, **results})
+        with self._tolerant():
+            self.evaluations.write({"step": step, **results})
         self._others({f"eval/{name}": value for name, value in results.items()}, step)
+
+    @contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        """A full disk costs what could not be written, and one warning; not the run."""
+        try:
+            yield
+        except OSError as error:
+            if not self.warned:
+                log.warning("metrics could not be written, training goes on: %s", error)
+            self.warned = True
 
     def _others(self, values: Mapping[str, Any], step: int) -> None:
         numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
-        for name, value in numbers.items():
-            self.tensorboard.add_scalar(name, value, step)
+        with self._tolerant():
+            for name, value in numbers.items():
+                self.tensorboard.add_scalar(name, value, step)
         if self.wandb is not None:
             self.wandb.log(numbers, step=step)
 
     def close(self) -> None:
-        self.tensorboard.close()
+        with self._tolerant():
+            self.tensorboard.close()
         if self.wandb is not None:
             self.wandb.finish()
 

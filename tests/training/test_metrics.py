@@ -37,6 +37,21 @@ def test_rows_behind_the_checkpoint_and_half_rows_are_forgotten(tmp_path):
     assert [row["loss"] for row in read(path)] == ["2.0", "1.5", "1.25"]
 
 
+def test_a_full_disk_costs_metrics_and_not_the_run(tmp_path):
+    """No file may grow beyond 6 kB, as if the disk ended there."""
+    training = command(tmp_path, "train.num_iterations=60", "train.checkpoint_period=60")
+    limited = ["bash", "-c", 'ulimit -f 6 && exec "$@"', "-", *training]
+    finished = subprocess.run(limited, env=environment(), capture_output=True, text=True, timeout=240)
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    rows = metrics(tmp_path)
+    assert 5 < len(rows) < 60
+    assert [int(row["step"]) for row in rows] == list(range(1, len(rows) + 1))
+    assert all(row["bad_samples"] == "0" for row in rows)  # the last column: no row is cut short
+    assert finished.stderr.count("metrics could not be written, training goes on") == 1
+    assert "60/60" in finished.stderr
+    assert "Logging error" not in finished.stderr
+
+
 def test_numbers_survive_to_the_last_bit(tmp_path):
     CsvLog(tmp_path / "metrics.csv").write({"step": 1, "loss": 0.1 + 0.2})
     assert float(read(tmp_path / "metrics.csv")[0]["loss"]) == 0.1 + 0.2
