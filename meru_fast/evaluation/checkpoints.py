@@ -29,7 +29,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def device(name: str) -> torch.device:
     """The device of that name. Raises ArgumentTypeError: it is not here."""
     try:
-        return torch.empty(0, device=name).device
+        torch.empty(0, device=name)
+        return torch.device(name)
     except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
         reason = str(error).partition("\n")[0]
         raise argparse.ArgumentTypeError(f"{name!r} cannot be used here: {reason}") from error

@@ -88,7 +88,9 @@ def is_main_rank() -> bool:
 def start(device: torch.device | None) -> torch.device:
     """The device of this process; joins the process group if a launcher (torchrun) started several processes."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    chosen = device or torch.device(f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
+    chosen = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if chosen.type == "cuda" and chosen.index is None:
+        chosen = torch.device("cuda", local_rank % torch.cuda.device_count())
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     if chosen.type == "cuda":
