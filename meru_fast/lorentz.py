@@ -48,6 +48,10 @@ def pairwise_inner(x: Tensor, y: Tensor, curv: Scalar = 1.0) -> Tensor:
     """Lorentz inner product ``<x_i, y_j> - x_time_i y_time_j`` of all pairs (MERU eq. 1).
 
     [B1, D], [B2, D] -> [B1, B2].
+
+    Raises:
+        TypeError: integer points.
+        ValueError: no matrices, widths or devices that differ, or a `curv` that is not one positive number.
     """
     check_pairwise(x, y)
     root, x, y = _prepare(curv, x, y)
@@ -55,7 +59,12 @@ def pairwise_inner(x: Tensor, y: Tensor, curv: Scalar = 1.0) -> Tensor:
 
 
 def elementwise_inner(x: Tensor, y: Tensor, curv: Scalar = 1.0) -> Tensor:
-    """Lorentz inner product of given pairs: [..., D], [..., D] (broadcast) -> [...]."""
+    """Lorentz inner product of given pairs: [..., D], [..., D] (broadcast) -> [...].
+
+    Raises:
+        TypeError: integer points.
+        ValueError: no components, widths or devices that differ, or a `curv` that is not one positive number.
+    """
     root, x, y = _prepare(curv, x, y)
     return (x * y).sum(-1) - (time(norm(x), 1 / root) * time(norm(y), 1 / root)).squeeze(-1)
 
@@ -65,6 +74,10 @@ def pairwise_dist(x: Tensor, y: Tensor, curv: Scalar = 1.0, eps: float = 1e-8) -
 
     ``cosh(d) - 1`` is summed from shifted times, so that small norms keep their digits. It is a difference all the
     same: in fp32 distances below about ``5e-4 |x|`` are noise. ``elementwise_dist`` has no such floor.
+
+    Raises:
+        TypeError: integer points.
+        ValueError: no matrices, widths or devices that differ, or a `curv` that is not one positive number.
     """
     check_pairwise(x, y)
     root, u, v = _unit(curv, x, y)
@@ -81,6 +94,10 @@ def elementwise_dist(x: Tensor, y: Tensor, curv: Scalar = 1.0, eps: float = 1e-8
     """Geodesic distance of given pairs: [..., D], [..., D] (broadcast) -> [...].
 
     Right to the last digits at any distance; zero with zero gradient where the points are equal.
+
+    Raises:
+        TypeError: integer points.
+        ValueError: no components, widths or devices that differ, or a `curv` that is not one positive number.
     """
     root, x, y = _prepare(curv, x, y)
     return 2 * _asinh(_chord(x, y, root).squeeze(-1) / 2) / root
@@ -90,6 +107,10 @@ def exp_map0(x: Tensor, curv: Scalar = 1.0, eps: float = 1e-8) -> Tensor:
     """Exponential map at the root, ``sinh(s)/s * x`` with ``s = sqrt(curv) |x|`` (MERU eq. 5): [..., D] -> [..., D].
 
     ``s`` saturates at ``asinh(2^15)``, as published: space norms never exceed ``2^15 / sqrt(curv)``.
+
+    Raises:
+        TypeError: integer points.
+        ValueError: no components, or a `curv` that is not one positive number.
     """
     root, x = _prepare(curv, x)
     s = root * norm(x)
@@ -99,7 +120,12 @@ def exp_map0(x: Tensor, curv: Scalar = 1.0, eps: float = 1e-8) -> Tensor:
 
 
 def log_map0(x: Tensor, curv: Scalar = 1.0, eps: float = 1e-8) -> Tensor:
-    """Inverse of ``exp_map0``: ``asinh(s)/s * x`` with ``s = sqrt(curv) |x|``: [..., D] -> [..., D]."""
+    """Inverse of ``exp_map0``: ``asinh(s)/s * x`` with ``s = sqrt(curv) |x|``: [..., D] -> [..., D].
+
+    Raises:
+        TypeError: integer points.
+        ValueError: no components, or a `curv` that is not one positive number.
+    """
     root, x = _prepare(curv, x)
     s = root * norm(x)
     near = _series(_ASINH_SERIES, s.clamp(max=0.25) ** 2)
@@ -114,7 +140,8 @@ def half_aperture(x: Tensor, curv: Scalar = 1.0, min_radius: float = 0.1, eps: f
     the true slope is unbounded; it is cut where ``x`` is within a relative ``eps`` of the rim.
 
     Raises:
-        ValueError: `min_radius` is negative.
+        TypeError: integer points.
+        ValueError: no components, a `curv` that is not one positive number, or a negative `min_radius`.
     """
     if not min_radius >= 0:
         raise ValueError(f"min_radius must not be negative, got {min_radius}")
@@ -132,6 +159,10 @@ def oxy_angle(x: Tensor, y: Tensor, curv: Scalar = 1.0, eps: float = 1e-8) -> Te
 
     0 when y lies straight behind x, pi when it lies towards the root. Where the angle is undefined it has a value and a
     zero gradient: pi/2 for ``x = 0`` (the mean over all directions), 0 for ``x = y`` (a cone contains its apex).
+
+    Raises:
+        TypeError: integer points.
+        ValueError: no components, widths or devices that differ, or a `curv` that is not one positive number.
     """
     root, x, y = _prepare(curv, x, y)
     length, direction = _polar(x)
@@ -150,6 +181,10 @@ def pairwise_oxy_angle(x: Tensor, y: Tensor, curv: Scalar = 1.0, eps: float = 1e
     One matrix product instead of a [B1, B2, D] tensor. That product is a difference of nearly equal numbers for nearly
     parallel rows, so it is computed in fp64 (where the device has it), and pairs nearer than its resolution count as
     equal: ``x_i = y_j`` gives 0 as in ``oxy_angle``.
+
+    Raises:
+        TypeError: integer points.
+        ValueError: no matrices, widths or devices that differ, or a `curv` that is not one positive number.
     """
     check_pairwise(x, y)
     _, narrow, _ = _prepare(curv, x, y)

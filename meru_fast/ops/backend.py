@@ -51,7 +51,11 @@ def requested_backend() -> str:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """``set_backend`` for the duration of a ``with`` block."""
+    """``set_backend`` for the duration of a ``with`` block.
+
+    Raises:
+        BackendError: as ``set_backend``.
+    """
     before = requested_backend()
     set_backend(name)
     try:

@@ -60,7 +60,8 @@ def contrastive_loss(
         The loss, 0-dim, float32 (float64 for float64 inputs).
 
     Raises:
-        TypeError, ValueError: inputs that do not fit together; the message names them.
+        TypeError: integer points.
+        ValueError: inputs that do not fit together, or no such geometry or precision; the message names them.
         RuntimeError: on a second derivative.
     """
     _check(image, text, labels, geometry, precision, group, ring)

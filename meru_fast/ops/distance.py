@@ -10,7 +10,12 @@ from meru_fast.ops.backend import active_backend
 
 
 def pairwise_inner(x: Tensor, y: Tensor, curv: Scalar = 1.0) -> Tensor:
-    """Lorentz inner products of all pairs (MERU eq. 1): [B1, D], [B2, D] -> [B1, B2] fp32 (fp64 for fp64 inputs)."""
+    """Lorentz inner products of all pairs (MERU eq. 1): [B1, D], [B2, D] -> [B1, B2] fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        TypeError: integer points.
+        ValueError: no matrices, widths or devices that differ, or a `curv` that is not one positive number.
+    """
     return _pairwise(x, y, curv, distance=False)
 
 
@@ -19,12 +24,21 @@ def pairwise_dist(x: Tensor, y: Tensor, curv: Scalar = 1.0, eps: float = 1e-8) -
 
     In fp32 distances below about ``5e-4 |x|`` are noise, zero included; ``elementwise_dist`` has no such floor.
     ``eps`` is unused, part of the published signature. Backward keeps the result, and nothing else of that size.
+
+    Raises:
+        TypeError: integer points.
+        ValueError: no matrices, widths or devices that differ, or a `curv` that is not one positive number.
     """
     return _pairwise(x, y, curv, distance=True)
 
 
 def elementwise_inner(x: Tensor, y: Tensor, curv: Scalar = 1.0) -> Tensor:
-    """Lorentz inner products of given pairs: [..., D], [..., D] (broadcast) -> [...] fp32 (fp64 for fp64 inputs)."""
+    """Lorentz inner products of given pairs: [..., D], [..., D] (broadcast) -> [...] fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        TypeError: integer points.
+        ValueError: no components, widths or devices that differ, or a `curv` that is not one positive number.
+    """
     return _elementwise(x, y, curv, distance=False)
 
 
@@ -32,6 +46,10 @@ def elementwise_dist(x: Tensor, y: Tensor, curv: Scalar = 1.0, eps: float = 1e-8
     """Geodesic distances of given pairs: [..., D], [..., D] (broadcast) -> [...] fp32 (fp64 for fp64 inputs).
 
     Right to the last digits at any distance, zero with zero gradient for equal points. ``eps`` is unused.
+
+    Raises:
+        TypeError: integer points.
+        ValueError: no components, widths or devices that differ, or a `curv` that is not one positive number.
     """
     return _elementwise(x, y, curv, distance=True)
 

@@ -16,6 +16,10 @@ def half_aperture(x: Tensor, curv: Scalar = 1.0, min_radius: float = 0.1, eps: f
 
     pi/2 with zero gradient inside the rim ``sqrt(curv) |x| <= 2 min_radius``. Just outside the slope is bounded by
     ``eps`` in the PyTorch path, and by the resolution of fp32, which is coarser than the default, in the kernel.
+
+    Raises:
+        TypeError: integer points.
+        ValueError: no components, a `curv` that is not one positive number, or a negative `min_radius`.
     """
     check_points(x)
     _check_cone(min_radius)
@@ -30,6 +34,10 @@ def oxy_angle(x: Tensor, y: Tensor, curv: Scalar = 1.0, eps: float = 1e-8) -> Te
     """Exterior angle at x of the triangle (root, x, y) (MERU eq. 8): [..., D], [..., D] (broadcast) -> [...].
 
     fp32 (fp64 for fp64 inputs); pi/2 for ``x = 0`` and 0 for ``x = y``, there with zero gradient. ``eps`` is unused.
+
+    Raises:
+        TypeError: integer points.
+        ValueError: no components, widths or devices that differ, or a `curv` that is not one positive number.
     """
     check_points(x, y)
     curv = scalar("curv", curv, x)
@@ -43,6 +51,10 @@ def pairwise_oxy_angle(x: Tensor, y: Tensor, curv: Scalar = 1.0, eps: float = 1e
     """Exterior angles at x_i towards y_j of all pairs: [B1, D], [B2, D] -> [B1, B2] fp32 (fp64 for fp64 inputs).
 
     No [B1, B2, D] tensor is made. Values of undefined angles as in ``oxy_angle``; ``eps`` is unused.
+
+    Raises:
+        TypeError: integer points.
+        ValueError: no matrices, widths or devices that differ, or a `curv` that is not one positive number.
     """
     check_points(x, y)
     check_pairwise(x, y)
@@ -68,7 +80,9 @@ def entailment_loss(
         A 0-dim tensor, fp32 (fp64 for fp64 inputs), differentiable in text, image and curv.
 
     Raises:
-        ValueError: shapes differ, the batch is empty, or min_radius is negative.
+        TypeError: integer points.
+        ValueError: shapes or devices differ, the batch is empty, `curv` is not one positive number, or `min_radius` is
+            negative.
     """
     check_points(text, image)
     _check_cone(min_radius)

@@ -20,12 +20,21 @@ def exp_map0(x: Tensor, curv: Scalar = 1.0, eps: float = 1e-8, *, scale: Scalar 
 
     Returns:
         Space components [..., D] in fp32 (fp64 for fp64 inputs). Differentiable in x, curv and scale.
+
+    Raises:
+        TypeError: integer points.
+        ValueError: no components, or a `curv` or `scale` that is not one positive number.
     """
     return _map(x, curv, scale, inverse=False)
 
 
 def log_map0(x: Tensor, curv: Scalar = 1.0, eps: float = 1e-8, *, scale: Scalar | None = None) -> Tensor:
-    """Inverse of ``exp_map0`` applied to ``scale * x``; arguments and result as there."""
+    """Inverse of ``exp_map0`` applied to ``scale * x``; arguments and result as there.
+
+    Raises:
+        TypeError: integer points.
+        ValueError: no components, or a `curv` or `scale` that is not one positive number.
+    """
     return _map(x, curv, scale, inverse=True)
 
 

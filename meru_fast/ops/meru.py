@@ -43,6 +43,11 @@ def meru_loss(
 
     Returns:
         ``(loss, contrastive, entailment)``, 0-dim float32 (float64 for float64 inputs); the parts carry no gradient.
+
+    Raises:
+        TypeError: integer features.
+        ValueError: features that do not fit together, no such precision, a scalar that is not one positive number, or a
+            negative `min_radius`.
     """
     dtype = torch.float64 if image_raw.dtype == torch.float64 else torch.float32
     scalars = [

@@ -37,7 +37,8 @@ def topk(
         indices [B, k] int64, -1 in empty places. Of equal scores the lower index comes first.
 
     Raises:
-        ValueError: k < 1, wrong shapes, negative ``entailment``. TypeError: integer points, a bool for ``entailment``.
+        TypeError: integer points, a bool for ``entailment``.
+        ValueError: k < 1, wrong shapes, negative ``entailment``, a `curv` that is not one positive number.
     """
     check_points(queries, gallery)
     check_pairwise(queries, gallery)
