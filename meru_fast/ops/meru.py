@@ -5,6 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from meru_fast.distributed import mean_over_ranks, sum_gradient
+from meru_fast.lorentz import check_points
 
 from .arguments import scalar
 from .contrastive import contrastive_loss
@@ -49,6 +50,7 @@ def meru_loss(
         ValueError: features that do not fit together, no such precision, a scalar that is not one positive number, or a
             negative `min_radius`.
     """
+    check_points(image_raw, text_raw)
     dtype = torch.float64 if image_raw.dtype == torch.float64 else torch.float32
     scalars = [
         scalar(name, value, image_raw)
