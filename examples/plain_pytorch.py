@@ -13,7 +13,6 @@ from meru_fast import ops
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 CAPTIONS = [f"the digit {name}" for name in NAMES] + ["a handwritten digit"]
-GENERAL = len(NAMES)
 
 
 class Encoders(nn.Module):
@@ -27,23 +26,19 @@ class Encoders(nn.Module):
         self.log_curv = nn.Parameter(torch.zeros(1))
         self.log_scale = nn.Parameter(torch.full([1], 1 / 0.07).log())
 
-    def forward(self, pixels: Tensor, captions: Tensor) -> tuple[Tensor, Tensor]:
-        return self.image(pixels), self.text(captions)
-
     def scalars(self) -> tuple[Tensor, ...]:
         return (*self.log_alpha.clamp(max=0).exp(), self.log_curv.clamp(-2.3, 2.3).exp(), self.log_scale.exp())
 
 
 def main(steps: int = 400) -> None:
     torch.manual_seed(0)
-    digits = load_digits()
-    pixels, labels = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
-    model = Encoders()
+    pixels, labels = map(torch.tensor, load_digits(return_X_y=True))
+    model, pixels = Encoders(), pixels.float() / 16
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for step in range(steps):
         batch = torch.randint(1400, (128,))
         vague = torch.rand(128) < 1 / 8  # one caption in eight says only that it is a digit
-        image, text = model(pixels[batch], labels[batch].masked_fill(vague, GENERAL))
+        image, text = model.image(pixels[batch]), model.text(labels[batch].masked_fill(vague, len(NAMES)))
         loss, contrastive, entailment = ops.meru_loss(image, text, *model.scalars(), entail_weight=0.2)
         optimizer.zero_grad()
         loss.backward()
@@ -51,12 +46,12 @@ def main(steps: int = 400) -> None:
         if step % 100 == 0 or step == steps - 1:
             print(f"step {step:3d}  contrastive {contrastive:.3f}  entailment {entailment:.3f}")
     with torch.no_grad():
-        image, text = model(pixels[1400:], torch.arange(len(CAPTIONS)))
+        image, text = model.image(pixels[1400:]), model.text(torch.arange(len(CAPTIONS)))
         image_alpha, text_alpha, curv, _ = model.scalars()
         image, text = ops.exp_map0(image, curv, scale=image_alpha), ops.exp_map0(text, curv, scale=text_alpha)
-        nearest = ops.pairwise_inner(image, text[:GENERAL], curv).argmax(1)
-        print(f"zero-shot accuracy {(nearest == labels[1400:]).float().mean():.1%}")
-        for what, points in (("images", image), ("'the digit ...'", text[:GENERAL]), (CAPTIONS[-1], text[GENERAL:])):
+        right = ops.pairwise_inner(image, text[:-1], curv).argmax(1) == labels[1400:]
+        print(f"zero-shot accuracy {right.float().mean():.1%}")
+        for what, points in (("images", image), ("'the digit ...'", text[:-1]), (CAPTIONS[-1], text[-1:])):
             print(f"distance from the root: {ops.log_map0(points, curv).norm(dim=-1).mean():.3f}  {what}")
 
 
