@@ -33,10 +33,10 @@ def main(epochs: int = 20) -> None:
 
     for epoch in range(epochs):
         for pixels, labels in batches:
-            image, text = towers(pixels, labels)
+            image, text, *scalars = towers(pixels, labels)
             # Gradients of the global loss are complete; DDP averages over ranks what has to be a sum.
             image, text = scale_gradient(image, processes), scale_gradient(text, processes)
-            loss, _, _ = ops.meru_loss(image, text, *model.scalars(), entail_weight=0.2, group=group)
+            loss, _, _ = ops.meru_loss(image, text, *scalars, entail_weight=0.2, group=group)
             optimizer.zero_grad()
             accelerator.backward(loss)
             optimizer.step()
@@ -44,8 +44,7 @@ def main(epochs: int = 20) -> None:
             accelerator.print(f"epoch {epoch + 1:2d}  loss {loss.item():.3f}")
 
     with torch.no_grad():
-        image, text = model(held_out[0], torch.arange(10))
-        image_alpha, text_alpha, curv, _ = model.scalars()
+        image, text, image_alpha, text_alpha, curv, _ = model(held_out[0], torch.arange(10))
         image, text = ops.exp_map0(image, curv, scale=image_alpha), ops.exp_map0(text, curv, scale=text_alpha)
         accuracy = (ops.pairwise_inner(image, text, curv).argmax(1) == held_out[1]).float().mean()
     accelerator.print(f"zero-shot accuracy {accuracy:.1%}")

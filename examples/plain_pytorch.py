@@ -26,8 +26,9 @@ class Encoders(nn.Module):
         self.log_curv = nn.Parameter(torch.zeros(1))
         self.log_scale = nn.Parameter(torch.full([1], 1 / 0.07).log())
 
-    def scalars(self) -> tuple[Tensor, ...]:
-        return (*self.log_alpha.clamp(max=0).exp(), self.log_curv.clamp(-2.3, 2.3).exp(), self.log_scale.exp())
+    def forward(self, pixels: Tensor, captions: Tensor) -> tuple[Tensor, ...]:
+        alphas, curv = self.log_alpha.clamp(max=0).exp(), self.log_curv.clamp(-2.3, 2.3).exp()
+        return self.image(pixels), self.text(captions), *alphas, curv, self.log_scale.exp()
 
 
 def main(steps: int = 400) -> None:
@@ -38,16 +39,15 @@ def main(steps: int = 400) -> None:
     for step in range(steps):
         batch = torch.randint(1400, (128,))
         vague = torch.rand(128) < 1 / 8  # one caption in eight says only that it is a digit
-        image, text = model.image(pixels[batch]), model.text(labels[batch].masked_fill(vague, len(NAMES)))
-        loss, contrastive, entailment = ops.meru_loss(image, text, *model.scalars(), entail_weight=0.2)
+        captions = labels[batch].masked_fill(vague, len(NAMES))
+        loss, contrastive, entailment = ops.meru_loss(*model(pixels[batch], captions), entail_weight=0.2)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if step % 100 == 0 or step == steps - 1:
             print(f"step {step:3d}  contrastive {contrastive:.3f}  entailment {entailment:.3f}")
     with torch.no_grad():
-        image, text = model.image(pixels[1400:]), model.text(torch.arange(len(CAPTIONS)))
-        image_alpha, text_alpha, curv, _ = model.scalars()
+        image, text, image_alpha, text_alpha, curv, _ = model(pixels[1400:], torch.arange(len(CAPTIONS)))
         image, text = ops.exp_map0(image, curv, scale=image_alpha), ops.exp_map0(text, curv, scale=text_alpha)
         right = ops.pairwise_inner(image, text[:-1], curv).argmax(1) == labels[1400:]
         print(f"zero-shot accuracy {right.float().mean():.1%}")
