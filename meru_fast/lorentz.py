@@ -146,12 +146,7 @@ def half_aperture(x: Tensor, curv: Scalar = 1.0, min_radius: float = 0.1, eps: f
     if not min_radius >= 0:
         raise ValueError(f"min_radius must not be negative, got {min_radius}")
     root, x = _prepare(curv, x)
-    s = (root * norm(x)).squeeze(-1)
-    rim = 2 * min_radius
-    outside = s > rim
-    s = torch.where(outside, s, 1 + rim)
-    side = (s - rim).clamp(min=eps * rim).sqrt() * (s + rim).sqrt()
-    return torch.where(outside, torch.atan2(torch.full_like(s, rim), side), math.pi / 2)
+    return aperture(root * norm(x), min_radius, eps).squeeze(-1)
 
 
 def oxy_angle(x: Tensor, y: Tensor, curv: Scalar = 1.0, eps: float = 1e-8) -> Tensor:
@@ -165,14 +160,7 @@ def oxy_angle(x: Tensor, y: Tensor, curv: Scalar = 1.0, eps: float = 1e-8) -> Te
         ValueError: no components, widths or devices that differ, or a `curv` that is not one positive number.
     """
     root, x, y = _prepare(curv, x, y)
-    length, direction = _polar(x)
-    ru, rv = root * length, root * norm(y)
-    scale = rv.detach().clamp(min=1)  # the angle depends on v through ratios only
-    w = y - x  # unscaled: scaling rounds, and would tilt close pairs
-    ahead = (direction * w).sum(-1, keepdim=True)  # <direction, y> - |x|, without the cancellation
-    across = norm(w - ahead * direction) * (root / scale)
-    ahead = ahead * (root / scale)
-    return _exterior_angle(ru, ru / scale, ahead, across, time(rv) / scale).squeeze(-1)
+    return angle_of_parts(root, *split(x, y)).squeeze(-1)
 
 
 def pairwise_oxy_angle(x: Tensor, y: Tensor, curv: Scalar = 1.0, eps: float = 1e-8) -> Tensor:
@@ -254,24 +242,24 @@ def check_pairwise(x: Tensor, y: Tensor) -> None:
 
 def norm(u: Tensor) -> Tensor:
     """Norm over the last dimension, kept: right from the smallest to the largest float, zero gradient at zero."""
-    peak = _peak(u)
-    return peak * torch.linalg.vector_norm(u * (1 / peak), dim=-1, keepdim=True)
+    unit = peak(u)
+    return unit * torch.linalg.vector_norm(u * (1 / unit), dim=-1, keepdim=True)
 
 
 def _polar(u: Tensor) -> tuple[Tensor, Tensor]:
     """``norm(u)`` and the unit vector of u; the zero vector, with zero gradient, has direction zero."""
-    peak = _peak(u)
-    v = u * (1 / peak)
+    unit = peak(u)
+    v = u * (1 / unit)
     length = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
     zero = length == 0
-    return peak * length, v * torch.where(zero, 0.0, 1 / torch.where(zero, 1.0, length))
+    return unit * length, v * torch.where(zero, 0.0, 1 / torch.where(zero, 1.0, length))
 
 
-def _peak(u: Tensor) -> Tensor:
+def peak(u: Tensor) -> Tensor:
     """The largest power of two below the largest component: scaling by it neither rounds nor overflows."""
-    peak = u.detach().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(u.dtype).tiny)
+    largest = u.detach().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(u.dtype).tiny)
     integer, exponent = (torch.int64, 0x7FF << 52) if u.dtype == torch.float64 else (torch.int32, 0xFF << 23)
-    return (peak.view(integer) & exponent).view(u.dtype)
+    return (largest.view(integer) & exponent).view(u.dtype)
 
 
 def gram(u: Tensor, v: Tensor) -> Tensor:
@@ -337,6 +325,31 @@ def _chord(x: Tensor, y: Tensor, root: Scalar) -> Tensor:
     xu, xv = unit * shifted_time(ru), unit * shifted_time(rv)
     obtuse_chord = _sqrt(2 * ((xu + xv) * unit + xu * xv - torch.where(acute, 0.0, inner))) / unit
     return torch.where(acute, acute_chord, obtuse_chord)
+
+
+def aperture(s: Tensor, min_radius: float, eps: float = 1e-8) -> Tensor:
+    """``half_aperture`` at the norm s on the unit hyperboloid."""
+    rim = 2 * min_radius
+    outside = s > rim
+    s = torch.where(outside, s, 1 + rim)
+    side = (s - rim).clamp(min=eps * rim).sqrt() * (s + rim).sqrt()
+    return torch.where(outside, torch.atan2(torch.full_like(s, rim), side), math.pi / 2)
+
+
+def split(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """|x|, |y| and the components of ``y - x`` along and across x: [..., D], [..., D] -> four [..., 1]."""
+    length, direction = _polar(x)
+    w = y - x  # unscaled: scaling rounds, and would tilt close pairs
+    ahead = (direction * w).sum(-1, keepdim=True)  # <direction, y> - |x|, without the cancellation
+    return length, norm(y), ahead, norm(w - ahead * direction)
+
+
+def angle_of_parts(root: Scalar, x_norm: Tensor, y_norm: Tensor, ahead: Tensor, across: Tensor) -> Tensor:
+    """``oxy_angle`` from the parts that ``split`` gives."""
+    ru, rv = root * x_norm, root * y_norm
+    scale = rv.detach().clamp(min=1)  # the angle depends on v through ratios only
+    unit = root / scale
+    return _exterior_angle(ru, ru / scale, unit * ahead, unit * across, time(rv) / scale)
 
 
 def _exterior_angle(ru: Tensor, near: Tensor, ahead: Tensor, across: Tensor, v_time: Tensor) -> Tensor:

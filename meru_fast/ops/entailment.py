@@ -5,6 +5,7 @@ from torch import Tensor
 
 from meru_fast import lorentz
 from meru_fast.lorentz import Scalar, check_pairwise, check_points
+from meru_fast.ops import entailment_torch
 from meru_fast.ops.arguments import MAX_WIDTH, refuse_double_backward, rows, scalar
 from meru_fast.ops.backend import active_backend
 
@@ -92,8 +93,7 @@ def entailment_loss(
         raise ValueError("the entailment loss of an empty batch is undefined")
     curv = scalar("curv", curv, text)
     if active_backend(text, image, max_width=MAX_WIDTH) == "torch":
-        opening = lorentz.half_aperture(text, curv, min_radius)
-        return (lorentz.oxy_angle(text, image, curv) - aperture_scale * opening).clamp(min=0).mean()
+        return entailment_torch.loss(rows(text), rows(image), curv, min_radius, aperture_scale)
     return cone("entailment", rows(text), rows(image), curv, min_radius, aperture_scale)
 
 

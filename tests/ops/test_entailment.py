@@ -7,6 +7,7 @@ import torch
 from accuracy import assert_contract, near, outcome, points
 
 from meru_fast import lorentz, ops
+from meru_fast.ops import entailment_torch
 from meru_fast.ops.entailment import cone, pairwise_angle
 
 CASES = [  # rows, width, norm, curv, dtype
@@ -53,9 +54,10 @@ def test_oxy_angle_contract(case: tuple, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.usefixtures("poisoned_empty")
-def test_entailment_loss_contract(case: tuple, device: torch.device) -> None:
-    with ops.use_backend("triton"):
+def test_entailment_loss_contract(backend: str, case: tuple, device: torch.device) -> None:
+    with ops.use_backend(backend):
         assert_contract(
             lambda text, image, curv: ops.entailment_loss(text, image, curv, 0.1, aperture_scale=0.7),
             entailment,
@@ -90,6 +92,26 @@ def test_pairwise_oxy_angle_contract(case: tuple, device: torch.device) -> None:
         assert_contract(ops.pairwise_oxy_angle, lorentz.pairwise_oxy_angle, inputs, floor, relative=2e-6)
 
 
+@pytest.mark.parametrize("norm", [30.0, 1e4, 1e18])
+@pytest.mark.usefixtures("poisoned_empty")
+def test_bands_keep_the_side_of_nearly_parallel_pairs(norm: float, device: torch.device, monkeypatch) -> None:
+    monkeypatch.setattr(entailment_torch, "BAND", 1000)
+    text, other = points(65, 64, norm), points(65, 64, norm, seed=1)
+    inputs = [text.to(device), (1.5 * text + 1e-3 * (other - text)).to(device), torch.tensor(0.7, device=device)]
+    with ops.use_backend("torch"):
+        mine = outcome(lambda text, image, curv: ops.entailment_loss(text, image, curv, 0.1, 0.7), inputs)
+    exact = outcome(entailment, [tensor.double() for tensor in inputs])
+    for value, truth in zip(mine, exact, strict=True):
+        torch.testing.assert_close(value.double(), truth, rtol=2e-6, atol=2e-6 * truth.abs().max().item())
+
+
+def test_second_derivatives_of_the_torch_path() -> None:
+    x, y = (points(3, 5, 1.0, seed=seed).double().requires_grad_() for seed in (0, 1))
+    curv = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(ops.entailment_loss, (x, y, curv))
+    assert torch.autograd.gradgradcheck(ops.entailment_loss, (x, y, curv))
+
+
 def test_values_where_the_angle_is_undefined(device: torch.device) -> None:
     x = points(4, 16, 1.0).to(device)
     root = torch.zeros_like(x)
@@ -112,9 +134,10 @@ def test_finite_gradients_everywhere(device: torch.device) -> None:
         x, other = points(6, 16, 1.0).to(device) * norm, points(6, 16, 1.0, seed=1).to(device) * norm
         for y in (other, x, -x, 2 * x, torch.zeros_like(x)):
             for op in (ops.oxy_angle, ops.entailment_loss, ops.pairwise_oxy_angle):
-                with ops.use_backend("triton"):
-                    results = outcome(op, [x, y.clone(), curv])
-                assert all(result.isfinite().all() for result in results), (op.__name__, norm)
+                for backend in ("triton", "torch"):
+                    with ops.use_backend(backend):
+                        results = outcome(op, [x, y.clone(), curv])
+                    assert all(result.isfinite().all() for result in results), (op.__name__, norm, backend)
         with ops.use_backend("triton"):
             assert all(result.isfinite().all() for result in outcome(ops.half_aperture, [x, curv]))
 
@@ -159,6 +182,7 @@ def test_custom_op_rules(device: torch.device) -> None:
     torch.library.opcheck(cone, ("angle", x, y, curv, 0.1, 1.0))
     torch.library.opcheck(cone, ("entailment", x, y, curv, 0.1, 0.7))
     torch.library.opcheck(pairwise_angle, (x, y, curv))
+    torch.library.opcheck(entailment_torch.split, (x, y))
 
 
 @pytest.mark.parametrize("name", ["half_aperture", "oxy_angle", "pairwise_oxy_angle", "entailment_loss"])
