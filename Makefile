@@ -11,7 +11,7 @@ help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 $(STAMP): setup.py pyproject.toml constraints.txt
-	@echo "==> Installing meru_fast into $(VENV) (torch with CUDA libraries: about 7 GB, some minutes)"
+	@echo "==> Installing meru_fast into $(VENV) (torch with CUDA libraries: about 8 GB, some minutes)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "error: $$($(PYTHON) --version) is too old, Python 3.10 or newer is needed: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
